@@ -92,7 +92,9 @@ def _serve(config_file: Path | None, verbose: bool) -> None:
     except ValueError as error:
         _fail(2, str(error))
     config = _load(config_file)
-    structlog.get_logger().info("config.loaded", source="built-in" if config_file is None else str(config_file))
+    structlog.get_logger().info(
+        "config.loaded", version=__version__, source="built-in" if config_file is None else str(config_file)
+    )
     try:
         _run(config)
     except ExpbuildError as error:

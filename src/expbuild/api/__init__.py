@@ -1,0 +1,1 @@
+"""Wire to domain and back: one servicer per file, the status table, resource names, compression."""

@@ -1,0 +1,1 @@
+"""The life of an action: queue, assignment, inputs, outputs, results. Knows nothing of gRPC."""

@@ -1,0 +1,157 @@
+"""Putting an input tree on disk, and taking a workspace away again.
+
+Everything happens relative to open directories and follows no link, so that no name in a tree can lead out of it.
+All functions here block; they run in worker threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from expbuild.errors import InvalidArgument
+from expbuild.execution.action import Components
+from expbuild.execution.input_tree import InputDirectory, InputTree
+from expbuild.storage.base import BlobStore, Sharing
+from expbuild.workers.base import Owner
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def create_workspace(path: Path, owner: Owner | None) -> None:
+    """Create an empty workspace: `root/` and `tmp/`, which belong to `owner`, in a directory that does not."""
+    path.mkdir(mode=0o711)
+    for name in ("root", "tmp"):
+        (path / name).mkdir(mode=0o755)
+        if owner is not None:
+            os.chown(path / name, owner.uid, owner.gid)
+
+
+def materialize(
+    tree: InputTree,
+    blobs: BlobStore,
+    root: Path,
+    *,
+    output_parents: Iterable[Components],
+    owner: Owner | None,
+    sharing: Sharing,
+) -> None:
+    """Make `root` hold the tree and the parent directories of every output.
+
+    Directories belong to `owner` and are writable, files are not. Raises BlobNotFound for a blob evicted meanwhile,
+    InvalidArgument for an output below an input file, OSError when the disk does not take it.
+    """
+    root_fd = os.open(root, OPEN_DIRECTORY)
+    try:
+        for fd, directory in _create_directories(tree, root_fd, owner):
+            for file in directory.files:
+                blobs.place(file.digest, fd, file.name, executable=file.executable, sharing=sharing)
+            for name, target in directory.symlinks.items():
+                os.symlink(target, name, dir_fd=fd)
+        for path in output_parents:
+            _create_parent(root_fd, path, owner)
+    finally:
+        os.close(root_fd)
+
+
+def _create_directories(tree: InputTree, root_fd: int, owner: Owner | None) -> Iterator[tuple[int, InputDirectory]]:
+    """Create every directory below the root; yield each one opened. At most one descriptor per level is open."""
+    root = tree.directories[tree.root]
+    yield root_fd, root
+    stack = [(root_fd, iter(root.directories.items()))]
+    try:
+        while stack:
+            parent_fd, children = stack[-1]
+            entry = next(children, None)
+            if entry is None:
+                stack.pop()
+                if parent_fd != root_fd:
+                    os.close(parent_fd)
+                continue
+            name, digest = entry
+            fd = _make_directory(parent_fd, name, owner)
+            directory = tree.directories[digest]
+            stack.append((fd, iter(directory.directories.items())))
+            yield fd, directory
+    finally:
+        for fd, _ in stack:
+            if fd != root_fd:
+                os.close(fd)
+
+
+def _make_directory(parent_fd: int, name: str, owner: Owner | None) -> int:
+    os.mkdir(name, 0o755, dir_fd=parent_fd)
+    fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent_fd)
+    if owner is not None:
+        os.fchown(fd, owner.uid, owner.gid)
+    return fd
+
+
+def _create_parent(root_fd: int, path: Components, owner: Owner | None) -> None:
+    """Create the directories of `path` that are not there; stop at a symlink, which is not followed."""
+    fd = os.dup(root_fd)
+    try:
+        for depth, name in enumerate(path):
+            try:
+                child = os.open(name, OPEN_DIRECTORY, dir_fd=fd)
+            except FileNotFoundError:
+                child = _make_directory(fd, name, owner)
+            except OSError:
+                if stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                    return
+                where = "/".join(path[: depth + 1])
+                raise InvalidArgument(f"an output lies below {where!r}, which is a file in the input tree") from None
+            os.close(fd)
+            fd = child
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory and all below it, whatever an action made of it. Nothing there may be running any more.
+
+    Works at constant depth: sub-directories are moved up to the top, then emptied there, so neither deep nesting nor
+    overlong paths stop it. Follows no link. Raises OSError only when something cannot be deleted at all.
+    """
+    try:
+        top_fd = os.open(path, OPEN_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        while names := _subdirectories(top_fd):
+            for name in names:
+                _hoist(top_fd, name)
+    finally:
+        os.close(top_fd)
+    path.rmdir()
+
+
+def _subdirectories(fd: int) -> list[str]:
+    """Delete everything in a directory but its sub-directories; return those."""
+    names = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=fd)
+    return names
+
+
+def _hoist(top_fd: int, name: str) -> None:
+    """Empty the directory `name`, moving its sub-directories to the top, then delete it."""
+    with contextlib.suppress(PermissionError):
+        os.chmod(name, 0o700, dir_fd=top_fd)
+    fd = os.open(name, OPEN_DIRECTORY, dir_fd=top_fd)
+    try:
+        for child in _subdirectories(fd):
+            with contextlib.suppress(PermissionError):
+                os.chmod(child, 0o700, dir_fd=fd)
+            os.rename(child, secrets.token_hex(16), src_dir_fd=fd, dst_dir_fd=top_fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=top_fd)

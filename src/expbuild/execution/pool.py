@@ -1,0 +1,179 @@
+"""The worker pool: gives queued executions to workers, and keeps both in order.
+
+An execution's task asks for a worker, runs on it, and gives it back; the pool decides who gets which. Deciding is the
+pure scheduler's; here a decision is marked in the same step in which it is made, so that nothing is given away twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from expbuild.errors import ExpbuildError, QueueFull, WorkerFailed
+from expbuild.execution.execution import Execution, Outcome, Stage
+from expbuild.execution.runner import ActionRunner
+from expbuild.execution.scheduler import QueuedAction, WorkerView, assign, check_satisfiable
+from expbuild.platform_properties import PropertyList
+from expbuild.workers.base import Worker
+
+log = structlog.get_logger()
+
+MAX_ATTEMPTS = 3
+"""So many workers may fail under one action before the client is told."""
+
+REVIVAL_INTERVAL_S = 5.0
+"""How often an offline worker is tried again."""
+
+
+@dataclass
+class _Slot:
+    """A worker and what it is doing. offline_reason: why it cannot be used; "" when it can."""
+
+    worker: Worker
+    view: WorkerView
+    running: Execution | None = None
+    offline_reason: str = "not started"
+
+    @property
+    def is_idle(self) -> bool:
+        return self.running is None and not self.offline_reason
+
+
+@dataclass
+class _Waiting:
+    """An execution in the queue, and the future that will hold its slot."""
+
+    execution: Execution
+    action: QueuedAction
+    slot: asyncio.Future[_Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class WorkerPool:
+    """Runs executions on workers.
+
+    max_queue_size: how many executions may wait, those still being prepared included. interval_s: the longest time
+    between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
+    """
+
+    def __init__(
+        self, workers: Sequence[Worker], runner: ActionRunner, *, max_queue_size: int, interval_s: float
+    ) -> None:
+        self._slots = {worker.name: _Slot(worker, WorkerView(worker.name, worker.properties)) for worker in workers}
+        self._runner = runner
+        self._max_queue_size = max_queue_size
+        self._interval_s = interval_s
+        self._queue: dict[str, _Waiting] = {}
+        self._admitted: set[str] = set()
+
+    async def start(self) -> None:
+        """Start every worker. Raises StartupError when one cannot keep what its configuration promises."""
+        for slot in self._slots.values():
+            await self._start(slot)
+
+    async def keep(self) -> None:
+        """Look after queue and workers until cancelled."""
+        loop = asyncio.get_running_loop()
+        next_revival = loop.time() + REVIVAL_INTERVAL_S
+        while True:
+            await asyncio.sleep(self._interval_s)
+            self._assign()
+            if loop.time() >= next_revival:
+                await self._revive()
+                next_revival = loop.time() + REVIVAL_INTERVAL_S
+
+    def check_satisfiable(self, requested: PropertyList) -> None:
+        """Raise NoMatchingWorker when no configured worker, idle, busy or offline, could ever run this."""
+        check_satisfiable(requested, [slot.view for slot in self._slots.values()])
+
+    def admit(self, execution_id: str) -> None:
+        """Take a place among those that wait. It is given back when the execution starts, or by `leave`.
+
+        Raises QueueFull.
+        """
+        if len(self._admitted) >= self._max_queue_size:
+            raise QueueFull(self._max_queue_size)
+        self._admitted.add(execution_id)
+
+    def leave(self, execution_id: str) -> None:
+        """Give back the place of an execution that will not start after all; harmless when it has."""
+        self._admitted.discard(execution_id)
+
+    async def execute(self, execution: Execution) -> Outcome:
+        """Run an execution that has a spec and a tree, and a place from `admit`.
+
+        Waits for a worker as long as it takes. A worker that fails is replaced by another, MAX_ATTEMPTS times.
+        Raises WorkerFailed after that, any ExpbuildError of the run. Cancelling it takes the execution out of the
+        queue, or kills what runs.
+        """
+        while True:
+            slot = await self._acquire(execution)
+            try:
+                return await self._run(execution, slot)
+            except WorkerFailed as error:
+                slot.offline_reason = str(error)
+                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
+                if execution.attempts >= MAX_ATTEMPTS:
+                    raise
+            finally:
+                slot.running = None
+                self._assign()
+
+    async def _run(self, execution: Execution, slot: _Slot) -> Outcome:
+        execution.attempts += 1
+        execution.enter(Stage.EXECUTING, slot.worker.name)
+        return await self._runner.run(execution, slot.worker)
+
+    async def _acquire(self, execution: Execution) -> _Slot:
+        """Wait in the queue for a slot; it is marked as running the execution before anybody else can see it."""
+        assert execution.spec is not None  # only checked actions are queued
+        execution.enter(Stage.QUEUED)
+        waiting = _Waiting(
+            execution,
+            QueuedAction(execution.id, execution.spec.platform, execution.priority, execution.sequence),
+        )
+        self._queue[execution.id] = waiting
+        self._assign()
+        try:
+            return await waiting.slot
+        except asyncio.CancelledError:
+            self._queue.pop(execution.id, None)
+            if waiting.slot.done() and not waiting.slot.cancelled():
+                waiting.slot.result().running = None
+                self._assign()
+            raise
+
+    def _assign(self) -> None:
+        """Give idle workers to queued executions. No await: what is decided is marked before anything else happens."""
+        idle = [slot.view for slot in self._slots.values() if slot.is_idle]
+        if not idle or not self._queue:
+            return
+        for assignment in assign([waiting.action for waiting in self._queue.values()], idle):
+            waiting = self._queue.pop(assignment.execution)
+            slot = self._slots[assignment.worker]
+            slot.running = waiting.execution
+            self._admitted.discard(waiting.execution.id)
+            waiting.slot.set_result(slot)
+
+    async def _start(self, slot: _Slot) -> None:
+        try:
+            await slot.worker.start()
+        except WorkerFailed as error:
+            if slot.offline_reason != str(error):
+                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
+            slot.offline_reason = str(error)
+        else:
+            slot.offline_reason = ""
+            log.info("worker.registered", worker=slot.worker.name, platform=str(slot.worker.properties))
+
+    async def _revive(self) -> None:
+        """Try the offline workers again."""
+        for slot in self._slots.values():
+            if slot.offline_reason and slot.running is None:
+                try:
+                    await self._start(slot)
+                except ExpbuildError as error:
+                    slot.offline_reason = str(error)
+        self._assign()

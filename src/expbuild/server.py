@@ -1,0 +1,224 @@
+"""The composition root: from a configuration to a serving process, and back to nothing when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import resource
+import signal
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from expbuild import reapi
+from expbuild.api.action_cache import ActionCacheService
+from expbuild.api.bytestream import ByteStreamService
+from expbuild.api.capabilities import CapabilitiesService
+from expbuild.api.cas import CasService
+from expbuild.api.compression import Compressor
+from expbuild.api.execution import ExecutionService
+from expbuild.api.instances import Instances
+from expbuild.api.resource_names import ResourceNames
+from expbuild.api.rpc import instrumented
+from expbuild.config import Config
+from expbuild.digest import DigestFunctions
+from expbuild.errors import ExpbuildError, StartupError
+from expbuild.execution.action import TimeoutPolicy
+from expbuild.execution.manager import ExecutionManager, ManagerPolicy
+from expbuild.execution.pool import WorkerPool
+from expbuild.execution.runner import ActionRunner
+from expbuild.storage.base import ActionCache, BlobStore
+from expbuild.storage.factory import create_action_cache, create_blob_store
+from expbuild.workers.factory import Workers
+
+log = structlog.get_logger()
+
+MAX_MESSAGE_BYTES = 16 << 20
+STOP_GRACE_S = 5.0
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Clients ping idle connections, some every 10 s; by default the library ends such connections.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Bazel and Buck2 open 100 streams on a connection before they open another.
+    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.max_metadata_size", 64 << 10),
+    # Two servers on one port would take turns at answering.
+    ("grpc.so_reuseport", 0),
+]
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Raises StartupError when the configuration cannot be kept."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    os.umask(0o022)
+    _raise_file_limit()
+    try:
+        with contextlib.ExitStack() as executors:
+            storage = executors.enter_context(ThreadPoolExecutor(_threads(), "storage"))
+            workspaces = executors.enter_context(ThreadPoolExecutor(_threads(), "workspace"))
+            await _serve(config, storage, workspaces, stop)
+    except* ExpbuildError as group:
+        raise _first(group) from None
+    log.info("server.stopped")
+
+
+async def _serve(
+    config: Config, storage: ThreadPoolExecutor, workspaces: ThreadPoolExecutor, stop: asyncio.Event
+) -> None:
+    functions = DigestFunctions(config.capabilities.digest_functions)
+    blobs = create_blob_store(config.storage, functions.enabled, storage)
+    action_cache = create_action_cache(config.storage, blobs)
+    log.info("storage.initialised", cas=_place(config.storage.cas), action_cache=_place(config.storage.action_cache))
+    servicers = _Servicers(config, blobs, action_cache, functions)
+    if not config.capabilities.exec_enabled:
+        await _listen(config, servicers, stop)
+        return
+    async with Workers(config.execution.pool.workers) as workers, asyncio.TaskGroup() as tasks:
+        absolute_symlinks = config.capabilities.symlink_absolute_path_strategy == "ALLOWED"
+        runner = ActionRunner(blobs, action_cache, workspaces, tasks, absolute_symlinks=absolute_symlinks)
+        pool_config = config.execution.pool
+        pool = WorkerPool(
+            workers.all,
+            runner,
+            max_queue_size=pool_config.max_queue_size,
+            interval_s=pool_config.scheduler_interval_ms / 1000,
+        )
+        kinds: Counter[str] = Counter()
+        for worker in pool_config.workers:
+            kinds[worker.type] += worker.count
+        log.info("pool.created", workers=len(workers.all), **kinds)
+        await pool.start()
+        policy = ManagerPolicy(
+            timeouts=TimeoutPolicy(pool_config.default_task_timeout_seconds, pool_config.max_task_timeout_seconds),
+            result_ttl_s=pool_config.result_ttl_seconds,
+            abandoned_grace_s=pool_config.abandoned_grace_seconds,
+            absolute_symlinks=absolute_symlinks,
+        )
+        manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
+        servicers.add_execution(manager)
+        keeper = tasks.create_task(pool.keep(), name="pool")
+        await _listen(config, servicers, stop, manager)
+        keeper.cancel()
+
+
+class _Servicers:
+    """The services of this server, registered as they are added."""
+
+    def __init__(self, config: Config, blobs: BlobStore, action_cache: ActionCache, functions: DigestFunctions) -> None:
+        self.server = grpc.aio.server(options=_OPTIONS)
+        self.names: list[str] = []
+        self.health = health.aio.HealthServicer()
+        self._blobs = blobs
+        self._functions = functions
+        self._instances = Instances(config.server.instance_name, strict=config.server.strict_instance_name)
+        capabilities = config.capabilities
+        compressors = (Compressor.IDENTITY, *(Compressor[name] for name in capabilities.supported_compressors))
+        self._add("Capabilities", CapabilitiesService(capabilities, compressors, self._instances))
+        self._add(
+            "ContentAddressableStorage",
+            CasService(blobs, functions, compressors, self._instances, capabilities.max_batch_total_size_bytes),
+        )
+        self._add("ByteStream", ByteStreamService(blobs, ResourceNames(functions, compressors), self._instances))
+        self._add(
+            "ActionCache",
+            ActionCacheService(
+                action_cache,
+                blobs,
+                functions,
+                self._instances,
+                update_enabled=capabilities.action_cache_update_enabled,
+            ),
+        )
+
+    def add_execution(self, manager: ExecutionManager) -> None:
+        """Serve Execution too."""
+        self._add("Execution", ExecutionService(manager, self._blobs, self._functions, self._instances))
+
+    def complete(self) -> None:
+        """Add what speaks about the services: health and reflection."""
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        reflection.enable_server_reflection((*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+
+    async def set_health(self, status: int) -> None:
+        """Say how the server and each of its services are (HealthCheckResponse.ServingStatus)."""
+        for name in ("", *self.names):
+            await self.health.set(name, status)
+
+    def _add(self, service: str, servicer: object) -> None:
+        descriptor = next(d for d in reapi.SERVICE_DESCRIPTORS if d.name == service)
+        register = getattr(reapi, f"add_{service}Servicer_to_server")
+        register(instrumented(servicer, descriptor), self.server)
+        self.names.append(descriptor.full_name)
+
+
+async def _listen(
+    config: Config, servicers: _Servicers, stop: asyncio.Event, manager: ExecutionManager | None = None
+) -> None:
+    """Serve until told to stop; then refuse what is new, end what runs, and let answers get out."""
+    servicers.complete()
+    server = servicers.server
+    try:
+        port = server.add_insecure_port(config.server.address)
+    except RuntimeError as error:
+        raise StartupError(
+            f"server.address: cannot listen on {config.server.address}: is another server running there, or the "
+            "address not one of this machine?"
+        ) from error
+    if not _is_loopback(config.server.host):
+        log.warning(
+            "server.exposed",
+            address=config.server.address,
+            reason="anybody who reaches this address can run commands here: there is no TLS and no authentication",
+        )
+    await server.start()
+    await servicers.set_health(health_pb2.HealthCheckResponse.SERVING)
+    log.info("server.listening", address=f"{config.server.address.rpartition(':')[0]}:{port}")
+    try:
+        await stop.wait()
+        log.info("server.stopping", grace_s=STOP_GRACE_S)
+    finally:
+        await servicers.set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        if manager is not None:
+            manager.close()
+        await server.stop(STOP_GRACE_S)
+
+
+def _threads() -> int:
+    return max(4, 2 * (os.cpu_count() or 1))
+
+
+def _place(config: object) -> str:
+    root_dir = getattr(config, "root_dir", None)
+    return str(root_dir) if root_dir is not None else "memory"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: connections, blobs and directories all take one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _first(group: BaseExceptionGroup[ExpbuildError]) -> ExpbuildError:
+    """Return the error a group began with."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,160 @@
+"""A Docker daemon as one worker sees it: every call bounded, every error ours, every container accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeVar
+
+import aiodocker
+import aiohttp
+import structlog
+from aiodocker.containers import DockerContainer
+from aiodocker.exceptions import DockerError
+
+from expbuild.errors import WorkerFailed
+
+LABEL = "expbuild.work-dir"
+"""Marks our containers; its value is the worker's own directory, so that no server touches those of another."""
+
+_NO_CONNECTION = 900
+"""The status of aiodocker's own errors about the connection; the daemon itself answers with those of HTTP."""
+
+log = structlog.get_logger()
+_T = TypeVar("_T")
+
+
+class Daemon:
+    """The connection of one worker to the daemon, and the containers it has there."""
+
+    def __init__(self, host: str, label: str, timeout_s: float) -> None:
+        """Prepare a connection. label: the value of `LABEL` on the containers. timeout_s: the bound of each call."""
+        self.host = host
+        self._label = label
+        self._timeout_s = timeout_s
+        self._client: aiodocker.Docker | None = None
+        self._containers: list[DockerContainer] = []  # created, and not known to be removed
+
+    @property
+    def client(self) -> aiodocker.Docker:
+        """The API. Raises WorkerFailed without a connection."""
+        if self._client is None:
+            raise WorkerFailed(f"not connected to the Docker daemon at {self.host}")
+        return self._client
+
+    async def connect(self) -> None:
+        """Connect anew: a daemon that was gone may speak another version when it is back.
+
+        Nothing is sent yet. Raises ValueError when `host` is not an address.
+        """
+        await self._disconnect()
+        self._client = aiodocker.Docker(self.host)
+
+    async def close(self) -> None:
+        """Remove what may be left of our containers, where the daemon lets us, and disconnect."""
+        try:
+            if self._containers:
+                await self.remove_leftovers()
+        finally:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    def call(self, what: str) -> AbstractAsyncContextManager[None]:
+        """Return the context of one ordinary call, bounded by the worker's time limit. (`call_within`)"""
+        return self.call_within(self._timeout_s, what)
+
+    @asynccontextmanager
+    async def call_within(self, timeout_s: float | None, what: str) -> AsyncIterator[None]:
+        """Bound what is done with the daemon by a time limit, and turn its errors into WorkerFailed.
+
+        timeout_s: None only where something else is the bound. what: continues "the Docker daemon could not ...".
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise WorkerFailed(f"the Docker daemon did not {what} within {timeout_s} s") from error
+        except (DockerError, aiohttp.ClientError, OSError) as error:
+            if isinstance(error, DockerError) and error.status != _NO_CONNECTION:
+                raise WorkerFailed(f"the Docker daemon could not {what}: {error.message}") from error
+            raise WorkerFailed(f"cannot reach the Docker daemon at {self.host}: {_reason(error)}") from error
+
+    async def create(self, config: dict[str, Any]) -> DockerContainer:
+        """Create a container that `remove_created` removes.
+
+        A cancellation takes effect only afterwards: cut off in between, we would not know of the container.
+        """
+        return await to_the_end(self._create(config))
+
+    async def _create(self, config: dict[str, Any]) -> DockerContainer:
+        async with self.call("create a container"):
+            container = await self.client.containers.create({**config, "Labels": {LABEL: self._label}})
+        self._containers.append(container)
+        return container
+
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether a container we created could not be removed: what runs in it may still be alive."""
+        return bool(self._containers)
+
+    async def remove_created(self) -> None:
+        """Kill and remove what `create` created, also when cancelled meanwhile.
+
+        Never raises WorkerFailed, which would hide the reason of a run's end; see `has_leftovers` afterwards.
+        """
+        await to_the_end(self._remove_created())
+
+    async def _remove_created(self) -> None:
+        try:
+            while self._containers:
+                await self._remove(self._containers[-1])
+                self._containers.pop()
+        except WorkerFailed as error:
+            log.warning("container.not_removed", containers=[c.id for c in self._containers], reason=str(error))
+
+    async def remove_leftovers(self) -> int:
+        """Kill and remove all containers of this worker, of an earlier process too; return how many there were."""
+        async with self.call("list containers"):
+            filters = json.dumps({"label": [f"{LABEL}={self._label}"]})
+            found = await self.client.containers.list(all=True, filters=filters)
+        for container in found:
+            await self._remove(container)
+        self._containers.clear()
+        return len(found)
+
+    async def _remove(self, container: DockerContainer) -> None:
+        async with self.call("remove a container"):
+            try:
+                await container.delete(force=True, v=True)
+            except DockerError as error:
+                if error.status not in (404, 409):  # gone, or about to go
+                    raise
+
+
+async def to_the_end(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """Await the coroutine to its end even when cancelled meanwhile; the cancellation goes on after that."""
+    task = asyncio.create_task(coroutine)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # marks it as seen
+        raise cancelled
+    return task.result()
+
+
+def _reason(error: Exception) -> str:
+    """Return why there is no connection, in the words of the operating system where it has some."""
+    for cause in (error.__context__, error):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,261 @@
+"""The host worker: commands run as processes of this machine, started and ended by the spawner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import assert_never
+
+from expbuild.config import HostWorkerConfig
+from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
+from expbuild.platform_properties import WorkerProperties, host_properties
+from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult
+from expbuild.workers.identity import resolve_owner
+from expbuild.workers.sandbox import TMPDIR, Sandbox, refusal
+from expbuild.workers.seqpacket import memory_file
+from expbuild.workers.spawner_client import BadWorkingDirectory, CannotExecute, Ended, Spawn, Spawner, SpawnResult
+from expbuild.workers.work_dir import lock_work_dir, make_work_dir, remove_tree
+
+_SELF_TEST_S = 60.0
+_SELF_TEST = """
+cd "$TMPDIR" && : > self-test || exit
+[ ! -e "$1" ] || { echo "the files of the host can be seen" >&2; exit 1; }
+"""
+"""Run at start: a command can use its workspace, and $1 does not exist for it."""
+
+
+class HostWorker:
+    """One slot of a host worker.
+
+    slot: counts all host slots of the server, from 0; decides which user the slot gets when none is configured.
+    spawner: shared by all slots; the caller closes it, after them.
+    """
+
+    def __init__(self, name: str, config: HostWorkerConfig, slot: int, spawner: Spawner) -> None:
+        self._name = name
+        self._config = config
+        self._slot = slot
+        self._spawner = spawner
+        self._properties = host_properties(config.platform)
+        self._owner: Owner | None = None
+        self._sandbox: Sandbox | None = None
+        self._lock_fd: int | None = None
+
+    @property
+    def name(self) -> str:
+        """See Worker."""
+        return self._name
+
+    @property
+    def properties(self) -> WorkerProperties:
+        """See Worker."""
+        return self._properties
+
+    @property
+    def work_dir(self) -> Path:
+        """See Worker. Its group is the action's, who can pass through but not list it."""
+        return self._config.work_dir / self._name
+
+    @property
+    def owner(self) -> Owner | None:
+        """See Worker. Known after `start`."""
+        return self._owner
+
+    async def start(self) -> None:
+        """Prepare the work directory, remove what an earlier server left in it, and prove that commands run.
+
+        Can be called again, after a failure; the directory is then left as it is. Raises StartupError.
+        """
+        if self._lock_fd is None:
+            await asyncio.to_thread(self._prepare)
+        await self._prove()
+
+    async def run(self, run: Run) -> RunResult:
+        """See Worker."""
+        environment = self._environment(run)
+        with contextlib.ExitStack() as files:
+            try:
+                stdout, stderr = (
+                    files.enter_context(_output_file(path, self._owner)) for path in (run.stdout, run.stderr)
+                )
+                root = files.enter_context(_opened(run.workspace / "root", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW))
+            except OSError as error:
+                raise _disk_error(error) from error
+            spawn = Spawn(
+                arguments=run.arguments,
+                environment=environment,
+                root=root,
+                stdout=stdout,
+                stderr=stderr,
+                working_directory=run.working_directory,
+                timeout_s=run.timeout_s,
+                owner=self._owner,
+            )
+            result = await (self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn))
+        return _to_run_result(run, environment["PATH"], result)
+
+    async def close(self) -> None:
+        """Remove the work directory. Called when no run is in progress and all workspaces are gone."""
+        if self._lock_fd is not None:
+            await asyncio.to_thread(remove_tree, self.work_dir)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    async def _run_sandboxed(self, run: Run, spawn: Spawn) -> SpawnResult:
+        assert self._sandbox is not None
+        wrapped = self._sandbox.wrap(run, spawn.environment)
+        with memory_file("expbuild-options", wrapped.options) as options, memory_file("expbuild-report") as report:
+            result = await self._spawner.run(
+                dataclasses.replace(
+                    spawn,
+                    arguments=wrapped.arguments,
+                    environment={"PATH": DEFAULT_PATH},
+                    extra=(options, report),
+                    spare_leader=True,
+                )
+            )
+            match result:
+                case CannotExecute() if result.reason != "too_long":
+                    raise WorkerFailed(f"bubblewrap cannot be executed: {result.error}")
+                case Ended() if not result.timed_out and result.signal is None:
+                    return refusal(os.pread(report, 65536, 0), run.stderr) or result
+                case _:
+                    return result
+
+    def _environment(self, run: Run) -> dict[str, str]:
+        """The whole environment of a command: our defaults, what is whitelisted, and its own on top."""
+        tmpdir = TMPDIR if self._sandbox is not None else str(run.workspace / "tmp")
+        passed_on = {name: os.environ[name] for name in self._config.env_whitelist if name in os.environ}
+        return {"PATH": DEFAULT_PATH, "TMPDIR": tmpdir, **passed_on, **run.environment}
+
+    def _prepare(self) -> None:
+        self._owner = resolve_owner(self._config, self._slot)
+        if self._config.use_chroot:
+            self._sandbox = Sandbox()
+        try:
+            make_work_dir(self._config.work_dir, 0o711)
+            lock_fd = lock_work_dir(self.work_dir)
+            try:
+                remove_tree(self.work_dir)
+                self.work_dir.mkdir(0o700)
+                if self._owner is not None:
+                    os.chown(self.work_dir, -1, self._owner.gid)
+                    self.work_dir.chmod(0o710)
+            except BaseException:
+                os.close(lock_fd)
+                raise
+        except OSError as error:
+            raise StartupError(f"work_dir {self.work_dir}: {error.strerror or error}") from error
+        self._lock_fd = lock_fd
+
+    async def _prove(self) -> None:
+        """Run a command as every action will be, or raise StartupError with the reason."""
+        workspace = self.work_dir / "self-test"
+        hidden = str(workspace) if self._sandbox is not None else ""
+        arguments = ("/bin/sh", "-c", _SELF_TEST, "sh", hidden)
+        run = Run(arguments, {}, workspace, "", _SELF_TEST_S, workspace / "stdout", workspace / "stderr")
+        who = f"user {self._owner.uid}" if self._owner is not None else "our own user"
+        try:
+            await asyncio.to_thread(_make_workspace, workspace, self._owner)
+            result = await self.run(run)
+            if result.exit_code != 0 or result.timed_out:
+                reason = await asyncio.to_thread(run.stderr.read_text, errors="replace")
+                raise StartupError(
+                    f"worker {self._name}: commands run as {who} cannot use {self.work_dir}: "
+                    f"{result.message or reason.strip()}"
+                )
+        except (InvalidArgument, WorkerFailed, WorkerFull) as error:
+            raise StartupError(f"worker {self._name}: commands cannot be run as {who}: {error}") from error
+        finally:
+            await asyncio.to_thread(remove_tree, workspace)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _output_file(path: Path, owner: Owner | None) -> Iterator[int]:
+    """Create a file for stdout or stderr. It is the command's own, so that it can open /dev/stdout."""
+    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND) as fd:
+        if owner is not None:
+            os.fchown(fd, owner.uid, owner.gid)
+        yield fd
+
+
+def _make_workspace(path: Path, owner: Owner | None) -> None:
+    remove_tree(path)
+    path.mkdir(0o711)
+    for name in ("root", "tmp"):
+        (path / name).mkdir(0o755)
+        if owner is not None:
+            os.chown(path / name, owner.uid, owner.gid)
+
+
+def _disk_error(error: OSError) -> WorkerFailed | WorkerFull:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkerFull(f"no room for the output of the command: {error.strerror}")
+    return WorkerFailed(f"the workspace cannot be used: {error}")
+
+
+def _to_run_result(run: Run, path: str, result: SpawnResult) -> RunResult:
+    match result:
+        case Ended():
+            return _ended(run, result)
+        case CannotExecute():
+            raise InvalidArgument(_why_not(run, path, result))
+        case BadWorkingDirectory():
+            raise InvalidArgument(f"the working directory {run.working_directory!r} cannot be entered: {result.error}")
+        case _:
+            assert_never(result)
+
+
+def _ended(run: Run, result: Ended) -> RunResult:
+    code = 128 + result.signal if result.signal is not None else result.exit_code
+    assert code is not None  # one of them is set
+    if result.timed_out:
+        return RunResult(code, timed_out=True, message=f"timed out after {run.timeout_s:g} s")
+    if result.signal is not None:
+        return RunResult(code, message=f"killed by signal {result.signal} ({_signal_name(result.signal)})")
+    return RunResult(code)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def _why_not(run: Run, path: str, result: CannotExecute) -> str:
+    """Return the sentence for a program that could not be executed."""
+    program = repr(run.arguments[0][:200])
+    match result.reason:
+        case "missing" if "/" not in program:
+            return f"program {program} was not found in the PATH of the command: {path[:1000]}"
+        case "missing":
+            where = repr(run.working_directory) if run.working_directory else "the input root"
+            return f"program {program} does not exist; the working directory is {where}"
+        case "interpreter":
+            return f"program {program} cannot be executed: the interpreter or loader it names does not exist"
+        case "directory":
+            return f"program {program} is a directory"
+        case "permission":
+            return f"program {program} is not executable"
+        case "format":
+            return f"program {program} is neither a binary of this machine nor a script with a #! line"
+        case "too_long":
+            return f"program {program} cannot be executed: its arguments and environment are too long for the system"
+        case _:
+            return f"program {program} cannot be executed: {result.error}"

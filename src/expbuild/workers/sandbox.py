@@ -1,0 +1,139 @@
+"""The private root of an action: namespaces by bubblewrap, described as arguments for it.
+
+An action sees the system's programs and libraries read-only, a few files of /etc, its own /dev, /proc and /tmp, and its
+input root at `INPUT_ROOT`; it has process, IPC, host name, user and network namespaces of its own, so nothing of the
+rest of the machine: no file, no process, no network. Works without any privilege where the kernel lets ordinary users
+create user namespaces, and in particular after the switch to the user of a slot.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from expbuild.errors import InvalidArgument, StartupError, WorkerFailed
+from expbuild.workers.base import Run
+from expbuild.workers.spawner_client import CannotExecute
+
+INPUT_ROOT = "/workspace"
+"""Where an action finds its input root: the same as in a container, so that paths in outputs do not differ."""
+TMPDIR = "/tmp"
+"""The workspace's tmp/, as an action sees it."""
+
+OPTIONS_FD, STATUS_FD = 3, 4
+"""Descriptors of bubblewrap: its options, NUL-separated; and its report, for `refusal`."""
+
+_MAX_ARGUMENTS = 9000
+"""bubblewrap takes no more, options and command together."""
+
+_MAX_STDERR_BYTES = 1 << 20
+_REASONS = {
+    os.strerror(number): reason
+    for number, reason in (
+        (errno.ENOENT, "missing"),
+        (errno.EACCES, "permission"),
+        (errno.ENOEXEC, "format"),
+        (errno.E2BIG, "too_long"),
+    )
+}
+
+_SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_ETC = (
+    "alternatives",
+    "ca-certificates",
+    "group",
+    "hosts",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "nsswitch.conf",
+    "passwd",
+    "pki/tls/certs",
+    "protocols",
+    "services",
+    "ssl/certs",
+    "ssl/openssl.cnf",
+)
+"""What programs and compilers read of /etc; the java* of a JDK is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sandboxed:
+    """A command wrapped in bubblewrap: what to execute, and what it reads from `OPTIONS_FD`."""
+
+    arguments: tuple[str, ...]
+    options: bytes
+
+
+class Sandbox:
+    """Wraps commands so that they run in a private root."""
+
+    def __init__(self) -> None:
+        """Raises StartupError when bubblewrap is not installed."""
+        program = shutil.which("bwrap")
+        if program is None:
+            raise StartupError("use_chroot needs bubblewrap, and there is no `bwrap` in the server's PATH")
+        self._program = program
+        self._system = (*_namespaces(), *_system_root())
+
+    def wrap(self, run: Run, environment: Mapping[str, str]) -> Sandboxed:
+        """Return the command that runs `run` in a private root. `environment` is the whole of it.
+
+        Nothing the client sent is an option to bubblewrap or in its own environment. Raises InvalidArgument when
+        there is more of it than bubblewrap takes.
+        """
+        options = [*self._system]
+        options += ["--bind", str(run.workspace / "tmp"), TMPDIR, "--bind", str(run.workspace / "root"), INPUT_ROOT]
+        options += ["--remount-ro", "/", "--chdir", f"{INPUT_ROOT}/{run.working_directory}", "--clearenv"]
+        for name, value in environment.items():
+            options += ["--setenv", name, value]
+        arguments = (self._program, "--args", str(OPTIONS_FD), "--json-status-fd", str(STATUS_FD), "--", *run.arguments)
+        if len(options) + len(arguments) > _MAX_ARGUMENTS:
+            raise InvalidArgument(
+                f"{len(run.arguments)} arguments and {len(environment)} variables are more than a worker with "
+                f"use_chroot takes: arguments plus three times the variables must stay below {_MAX_ARGUMENTS - 200}"
+            )
+        if any("\0" in option for option in options):
+            raise InvalidArgument("an environment variable contains a NUL character")
+        return Sandboxed(arguments, b"\0".join(os.fsencode(option) for option in options) + b"\0")
+
+
+def refusal(report: bytes, stderr: Path) -> CannotExecute | None:
+    """Return why bubblewrap did not execute the command; None when it did.
+
+    Only then does its report contain an exit code; otherwise `stderr` holds nothing but its own words. Raises
+    WorkerFailed when the private root could not be made.
+    """
+    if any("exit-code" in json.loads(line) for line in report.splitlines()):
+        return None
+    with open(stderr, "rb") as file:
+        words = file.read(_MAX_STDERR_BYTES).decode(errors="replace").strip()
+    if words.startswith("bwrap: execvp "):
+        error = words.rpartition(": ")[2]
+        return CannotExecute(_REASONS.get(error, "other"), error)
+    raise WorkerFailed(f"the private root could not be made: {words or 'bubblewrap gave no reason'}")
+
+
+def _namespaces() -> Iterator[str]:
+    yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net")
+    yield from ("--unshare-cgroup-try", "--die-with-parent", "--hostname", "expbuild")
+
+
+def _system_root() -> Iterator[str]:
+    yield from ("--ro-bind", "/usr", "/usr")
+    for name in _SYSTEM:
+        path = Path("/", name)
+        if path.is_symlink():
+            yield from ("--symlink", os.readlink(path), str(path))
+        elif path.is_dir():
+            yield from ("--ro-bind", str(path), str(path))
+    jdks = (path.name for path in sorted(Path("/etc").glob("java*")))
+    for name in (*_ETC, *jdks):
+        yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
+    yield from ("--proc", "/proc", "--dev", "/dev", "--dir", "/var", "--symlink", TMPDIR, "/var/tmp")
