@@ -1,0 +1,24 @@
+"""What to do about a tool the machine does not have."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import NoReturn
+
+import pytest
+
+
+def require_tool(name: str) -> str:
+    """Return the path of the program `name`; without it do what `unavailable` does."""
+    path = shutil.which(name)
+    if path is None:
+        unavailable(f"there is no {name} on PATH: run tests/install-deps as root")
+    return path
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the running test, saying why; fail it when CI=true, where a skipped test would go unnoticed."""
+    if os.environ.get("CI", "").strip().lower() in ("1", "true", "yes"):
+        pytest.fail(f"{reason} (CI is set, so this is a failure)", pytrace=False)
+    pytest.skip(f"NOT TESTED: {reason}")
