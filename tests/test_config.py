@@ -35,7 +35,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "expbuild-server-pool.toml
 
 HOST = '[[execution.pool.workers]]\ntype = "host"\n'
 DOCKER = '[[execution.pool.workers]]\ntype = "docker"\nimage = "i"\n'
-FUNCTIONS = "SHA256, SHA1, MD5, SHA384, SHA512 or BLAKE3"
+FUNCTIONS = "SHA256, SHA1, MD5, SHA384, SHA512, SHA256TREE or BLAKE3"
 ADDRESS = 'expected "host:port" (IPv6: "[host]:port")'
 SEGMENTS = (
     "expected segments joined by single slashes, none of them actionResults, actions, blobs, capabilities, "
@@ -466,7 +466,7 @@ def test_address(address: str, host: str, port: int) -> None:
         pytest.param(
             "[capabilities]\ndigest_functions = []",
             "capabilities.digest_functions: expected a list with at least one of SHA256, SHA1, MD5, SHA384, SHA512, "
-            "BLAKE3, got an empty list",
+            "SHA256TREE, BLAKE3, got an empty list",
             id="digest-functions-empty",
         ),
         pytest.param(

@@ -42,6 +42,7 @@ FOUNDATION = frozenset(
         "metrics",
         "platform_properties",
         "reapi",
+        "sha256tree",
     }
 )
 """The modules of the foundation; "" is the package itself, which holds only the version."""

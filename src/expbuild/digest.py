@@ -16,6 +16,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from expbuild.errors import InvalidArgument, InvalidDigest
+from expbuild.sha256tree import Sha256Tree
 
 MAX_SIZE_BYTES = 2**63 - 1
 
@@ -35,6 +36,7 @@ class DigestFunction(enum.IntEnum):
     MD5 = 3
     SHA384 = 5
     SHA512 = 6
+    SHA256TREE = 8
     BLAKE3 = 9
 
     @property
@@ -50,7 +52,7 @@ class DigestFunction(enum.IntEnum):
     @property
     def segment(self) -> str:
         """The segment that names this function in resource names; empty where the length alone tells (REAPI)."""
-        return "blake3" if self is DigestFunction.BLAKE3 else ""
+        return self.name.lower() if self in (DigestFunction.BLAKE3, DigestFunction.SHA256TREE) else ""
 
     def new(self) -> Hasher:
         """Start a hash."""
@@ -81,6 +83,7 @@ _TRAITS = {
     DigestFunction.MD5: _traits(hashlib.md5),
     DigestFunction.SHA384: _traits(hashlib.sha384),
     DigestFunction.SHA512: _traits(hashlib.sha512),
+    DigestFunction.SHA256TREE: _traits(Sha256Tree),
     DigestFunction.BLAKE3: _traits(blake3),
 }
 
@@ -174,6 +177,5 @@ class DigestFunctions:
 _SEGMENTS = {function.name.lower(): int(function) for function in DigestFunction} | {
     "vso": 4,
     "murmur3": 7,
-    "sha256tree": 8,
     "gitsha1": 10,
 }

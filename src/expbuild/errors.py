@@ -115,6 +115,12 @@ class OutputRejected(ExpbuildError):
     code = Code.FAILED_PRECONDITION
 
 
+class Unauthenticated(ExpbuildError):
+    """No credential, or one that is not known."""
+
+    code = Code.UNAUTHENTICATED
+
+
 class PermissionDenied(ExpbuildError):
     """The caller may not do this here; the message says which setting decides."""
 

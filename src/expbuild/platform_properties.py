@@ -8,7 +8,7 @@ that clients add for their own purposes say nothing about the machine and are ig
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 PropertyList = tuple[tuple[str, str], ...]
@@ -57,6 +57,10 @@ IGNORED_NAMES = frozenset(
 """Names (lower case) that clients add for themselves: cache salts and hints for persistent workers."""
 
 
+_SHOWN = 8
+"""So many properties are named in a message."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """One requested property a worker does not satisfy. `offered` is empty when the worker does not know the name."""
@@ -66,9 +70,8 @@ class Mismatch:
     offered: tuple[str, ...]
 
     def __str__(self) -> str:
-        if not self.offered:
-            return f"{self.name}={self.requested} is not declared"
-        return f"{self.name}={self.requested} differs from {'|'.join(self.offered)}"
+        wanted = f"{_short(self.name)}={_short(self.requested)}"
+        return f"{wanted} differs from {'|'.join(self.offered)}" if self.offered else f"{wanted} is not declared"
 
 
 class WorkerProperties:
@@ -121,8 +124,22 @@ def docker_properties(image: str, extra: Mapping[str, str]) -> WorkerProperties:
 
 
 def describe(requested: PropertyList) -> str:
-    """Return the requested properties as one line for people."""
-    return ", ".join(f"{name}={value}" for name, value in requested) or "(none)"
+    """Return the requested properties as one line for people: short, for it travels in a header."""
+    return _listed([f"{_short(name)}={_short(value)}" for name, value in requested], ", ") or "(none)"
+
+
+def explain(mismatches: Sequence[Mismatch]) -> str:
+    """Return why properties are not satisfied as one line for people."""
+    return _listed([str(mismatch) for mismatch in mismatches], "; ")
+
+
+def _listed(parts: Sequence[str], separator: str) -> str:
+    more = [f"{len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+    return separator.join([*parts[:_SHOWN], *more])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _canonical_name(name: str) -> str:

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from expbuild import reapi
 from expbuild.api.action_cache import ActionCacheService
@@ -23,9 +23,10 @@ from expbuild.api.capabilities import CapabilitiesService
 from expbuild.api.cas import CasService
 from expbuild.api.compression import Compressor
 from expbuild.api.execution import ExecutionService
+from expbuild.api.health import HealthService
 from expbuild.api.instances import Instances
 from expbuild.api.resource_names import ResourceNames
-from expbuild.api.rpc import instrumented
+from expbuild.api.rpc import register
 from expbuild.config import Config
 from expbuild.digest import DigestFunctions
 from expbuild.errors import ExpbuildError, StartupError
@@ -119,7 +120,7 @@ class _Servicers:
     def __init__(self, config: Config, blobs: BlobStore, action_cache: ActionCache, functions: DigestFunctions) -> None:
         self.server = grpc.aio.server(options=_OPTIONS)
         self.names: list[str] = []
-        self.health = health.aio.HealthServicer()
+        self.health = HealthService()
         self._blobs = blobs
         self._functions = functions
         self._instances = Instances(config.server.instance_name, strict=config.server.strict_instance_name)
@@ -148,18 +149,15 @@ class _Servicers:
 
     def complete(self) -> None:
         """Add what speaks about the services: health and reflection."""
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        reflection.enable_server_reflection((*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
-
-    async def set_health(self, status: int) -> None:
-        """Say how the server and each of its services are (HealthCheckResponse.ServingStatus)."""
-        for name in ("", *self.names):
-            await self.health.set(name, status)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        register(health_pb2_grpc.add_HealthServicer_to_server, self.health, health, self.server)
+        about = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+        servicer = reflection.aio.ReflectionServicer((*self.names, health.full_name, about.full_name))
+        register(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer, about, self.server)
 
     def _add(self, service: str, servicer: object) -> None:
         descriptor = next(d for d in reapi.SERVICE_DESCRIPTORS if d.name == service)
-        register = getattr(reapi, f"add_{service}Servicer_to_server")
-        register(instrumented(servicer, descriptor), self.server)
+        register(getattr(reapi, f"add_{service}Servicer_to_server"), servicer, descriptor, self.server)
         self.names.append(descriptor.full_name)
 
 
@@ -183,13 +181,13 @@ async def _listen(
             reason="anybody who reaches this address can run commands here: there is no TLS and no authentication",
         )
     await server.start()
-    await servicers.set_health(health_pb2.HealthCheckResponse.SERVING)
+    servicers.health.serve(servicers.names)
     log.info("server.listening", address=f"{config.server.address.rpartition(':')[0]}:{port}")
     try:
         await stop.wait()
         log.info("server.stopping", grace_s=STOP_GRACE_S)
     finally:
-        await servicers.set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        servicers.health.close()
         if manager is not None:
             manager.close()
         await server.stop(STOP_GRACE_S)

@@ -181,11 +181,8 @@ class Workspace:
 
     @property
     def actions(self) -> int:
-        """How many actions a build of `ALL_TARGETS` runs (those that Bazel does itself not counted).
-
-        Three for a library; compiling and linking the binary and the cc_test; making a directory and listing it.
-        """
-        return 3 * self.libraries + 2 + 2 + 2
+        """See `action_count`."""
+        return action_count(self.libraries)
 
     def actions_after_source_change(self, library: int) -> int:
         """How many of them run again when `change_source` was called.
@@ -213,6 +210,14 @@ class Workspace:
     def _is_under_test(self, library: int) -> bool:
         last = self.libraries - 1
         return library == last or last in self.dependents(library)
+
+
+def action_count(libraries: int) -> int:
+    """How many actions a build of `ALL_TARGETS` runs, not counting those that Bazel does itself.
+
+    Three for each library; compiling and linking the binary and the cc_test; making a directory and listing it.
+    """
+    return 3 * libraries + 2 + 2 + 2
 
 
 def library_name(library: int) -> str:

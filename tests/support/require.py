@@ -11,7 +11,8 @@ import pytest
 
 def require_tool(name: str) -> str:
     """Return the path of the program `name`; without it do what `unavailable` does."""
-    path = shutil.which(name)
+    # Daemons are in sbin, which not every root shell has on its PATH.
+    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
     if path is None:
         unavailable(f"there is no {name} on PATH: run tests/install-deps as root")
     return path

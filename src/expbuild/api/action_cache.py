@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expbuild.api.inlining import InlineWishes, inlined
+from expbuild.api.inlining import RESULT_BYTES, InlineWishes, inlined
 from expbuild.api.instances import Instances
 from expbuild.api.messages import parse_digest, request_digest, to_message
 from expbuild.api.rpc import ServicerContext
@@ -59,6 +59,8 @@ class ActionCacheService(ActionCacheServicer):
         await self._move_raw_to_cas(result, digest.function)
         # Some clients fail on a result without execution metadata; an uploaded one may lack them.
         result.execution_metadata.SetInParent()
+        if result.ByteSize() > RESULT_BYTES:
+            raise InvalidArgument(f"the result has {result.ByteSize()} bytes; clients could not receive it")
         await self._action_cache.put(ActionKey(instance_name, digest), result)
         return result
 
@@ -89,6 +91,8 @@ def _check_result(result: ActionResult, function: DigestFunction) -> None:
     for directory in result.output_directories:
         if directory.path.startswith("/"):
             raise InvalidArgument(f"ActionResult.output_directories: {directory.path!r} is absolute")
+        if not (directory.HasField("tree_digest") or directory.HasField("root_directory_digest")):
+            raise InvalidArgument(f"ActionResult.output_directories: {directory.path!r} has no digest")
         if directory.HasField("tree_digest"):
             parse_digest(directory.tree_digest, function)
         if directory.HasField("root_directory_digest"):

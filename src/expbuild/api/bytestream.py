@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from expbuild.api.compression import Compressor, decoder, encoder
@@ -57,7 +58,7 @@ class ByteStreamService(ByteStreamServicer):
         self._instances = instances
         self._uploads: dict[str, _Upload] = {}
 
-    async def Read(self, request: ReadRequest, context: ServicerContext) -> AsyncIterator[ReadResponse]:
+    async def Read(self, request: ReadRequest, context: ServicerContext) -> AsyncGenerator[ReadResponse, None]:
         blob = self._names.parse_read(request.resource_name)
         self._instances.resolve(blob.instance_name)
         limit = _read_limit(request, blob)
@@ -68,8 +69,9 @@ class ByteStreamService(ByteStreamServicer):
         chunks = self._blobs.read(blob.digest, offset=request.read_offset, limit=limit)
         if blob.compressor is not Compressor.IDENTITY:
             chunks = _compressed(chunks, blob.compressor)
-        async for chunk in chunks:
-            yield ReadResponse(data=chunk)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield ReadResponse(data=chunk)
 
     async def Write(self, request_iterator: AsyncIterator[WriteRequest], context: ServicerContext) -> WriteResponse:
         requests = aiter(request_iterator)
@@ -132,7 +134,10 @@ class ByteStreamService(ByteStreamServicer):
             while request is not None:
                 _check(request, upload)
                 for piece in stream.feed(request.data):
-                    await writer.write(piece)
+                    if piece:
+                        await writer.write(piece)
+                    else:
+                        await asyncio.sleep(0)
                 upload.received += len(request.data)
                 if request.finish_write:
                     break
@@ -157,15 +162,16 @@ def _read_limit(request: ReadRequest, blob: BlobName) -> int | None:
     return request.read_limit or None
 
 
-async def _compressed(chunks: AsyncIterator[bytes], compressor: Compressor) -> AsyncIterator[bytes]:
+async def _compressed(chunks: AsyncGenerator[bytes, None], compressor: Compressor) -> AsyncGenerator[bytes, None]:
     """Compress a stream; large chunks in a thread."""
     stream = encoder(compressor)
     assert stream is not None  # IDENTITY does not come here
-    async for chunk in chunks:
-        encode = stream.encode
-        data = encode(chunk) if len(chunk) <= INLINE_BYTES else await asyncio.to_thread(encode, chunk)
-        if data:
-            yield data
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            encode = stream.encode
+            data = encode(chunk) if len(chunk) <= INLINE_BYTES else await asyncio.to_thread(encode, chunk)
+            if data:
+                yield data
     yield stream.finish()
 
 

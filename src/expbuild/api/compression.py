@@ -18,6 +18,10 @@ else:
 PIECE_BYTES = 256 << 10
 """Largest piece a decoder returns at once."""
 
+SLICE_BYTES = 16 << 10
+"""So much input a decoder looks at before others get their turn. The libraries copy what is left of their input at the
+end of every frame and piece, so that thousands of tiny frames in one large message would take minutes."""
+
 _ZSTD_LEVEL = 1
 _ZSTD_WINDOW_LOG = 23
 """Frames may ask for a window of up to 8 MiB, what the format recommends every decoder to support."""
@@ -35,7 +39,10 @@ class Decoder(Protocol):
     """Decompresses one stream."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what `data` decompresses to, in pieces of at most PIECE_BYTES. Raises InvalidArgument."""
+        """Yield what `data` decompresses to, in pieces of at most PIECE_BYTES. Raises InvalidArgument.
+
+        An empty piece means nothing; it comes wherever the caller should let the event loop do something else.
+        """
 
     def finish(self) -> None:
         """Check that the stream was complete. Raises InvalidArgument."""
@@ -69,6 +76,11 @@ class ZstdDecoder:
         self._is_between_frames = True
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        for start in range(0, len(data), SLICE_BYTES):
+            yield from self._feed_slice(data[start : start + SLICE_BYTES])
+            yield b""
+
+    def _feed_slice(self, data: bytes) -> Iterator[bytes]:
         while data or not (self._frame.needs_input or self._frame.eof):
             if self._frame.eof:
                 self._frame = self._new_frame()
@@ -97,6 +109,11 @@ class DeflateDecoder:
         self._stream = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        for start in range(0, len(data), SLICE_BYTES):
+            yield from self._feed_slice(data[start : start + SLICE_BYTES])
+            yield b""
+
+    def _feed_slice(self, data: bytes) -> Iterator[bytes]:
         piece = b""
         while data or len(piece) == PIECE_BYTES:  # a full piece may leave output behind even without input
             if data and self._stream.eof:

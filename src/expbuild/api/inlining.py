@@ -11,9 +11,12 @@ from expbuild.errors import ExpbuildError
 from expbuild.reapi import ActionResult, DigestMessage
 from expbuild.storage.base import BlobStore, read_blob
 
+RESULT_BYTES = 3_000_000
+"""No larger action result is taken from a client: with what is inlined it must fit into a message of 4 MiB."""
+
 _ONE_BYTES = 64 << 10
 _TOTAL_BYTES = 1 << 20
-"""Nothing larger is inlined: results stay far below the message limit of clients."""
+"""Nothing larger is inlined: results stay below the message limit of clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ async def inlined(
         return result
     copy = ActionResult()
     copy.CopyFrom(result)
-    room = _TOTAL_BYTES
+    room = min(_TOTAL_BYTES, RESULT_BYTES + _TOTAL_BYTES - result.ByteSize())
 
     async def load(message: DigestMessage) -> bytes:
         nonlocal room

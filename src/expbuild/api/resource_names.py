@@ -86,6 +86,8 @@ class ResourceNames:
 
 
 def _split(name: str) -> list[str]:
+    if name.startswith("//"):  # else it would be an instance name that is one empty segment
+        raise _malformed(name, "no more than one slash before it")
     if len(name) > MAX_LENGTH:
         raise InvalidArgument(f"the resource name is {len(name)} characters long; at most {MAX_LENGTH} are allowed")
     return name.removeprefix("/").split("/")  # some clients put a slash before an empty instance name

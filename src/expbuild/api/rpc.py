@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from expbuild.api.status import to_status
-from expbuild.errors import Code, ExpbuildError, InternalError
+from expbuild.errors import Code, ExpbuildError, InternalError, InvalidArgument
 from expbuild.reapi import RequestMetadata
 
 log = structlog.get_logger()
@@ -34,14 +35,34 @@ _METADATA_KEYS = frozenset(
 _GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def instrumented(servicer: object, descriptor: ServiceDescriptor) -> Any:
-    """Return an object with the servicer's methods, each wrapped; what the generated `add_…_to_server` takes."""
+def register(
+    add_to_server: Callable[[Any, Any], None], servicer: object, descriptor: Any, server: grpc.aio.Server
+) -> None:
+    """Serve `servicer`. add_to_server: the function generated for its service; `descriptor`: of that service."""
     methods = {}
     for method in descriptor.methods:
+        wrap = _streaming if method.server_streaming else _unary
         name = f"{descriptor.full_name}/{method.name}"
-        handler = getattr(servicer, method.name)
-        methods[method.name] = _streaming(name, handler) if method.server_streaming else _unary(name, handler)
-    return SimpleNamespace(**methods)
+        methods[method.name] = wrap(name, _decoder(method), getattr(servicer, method.name))
+    add_to_server(SimpleNamespace(**methods), _Registry(server))
+
+
+class _Registry:
+    """Stands in for the server in a generated `add_…_to_server`, so that requests reach us as bytes.
+
+    A request that does not parse is then ours to refuse; the library would answer UNKNOWN with the exception's text.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Do nothing: the same methods come once more, by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        raw = {name: handler._replace(request_deserializer=None) for name, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, raw),))
+        self._server.add_registered_method_handlers(service, raw)
 
 
 def request_metadata(context: ServicerContext) -> RequestMetadata:
@@ -62,6 +83,8 @@ class _Call:
         self._method = method
         self._context = context
         self._start = time.monotonic()
+        # Asked for now: a generator may be closed after its call is gone, and asking then crashes the process.
+        self._peer = context.peer()
         self._invocation_id = request_metadata(context).tool_invocation_id
         structlog.contextvars.bind_contextvars(rpc=method, invocation_id=self._invocation_id)
 
@@ -72,7 +95,7 @@ class _Call:
             "rpc.completed",
             code=code,
             duration_ms=round((time.monotonic() - self._start) * 1000, 1),
-            peer=self._context.peer(),
+            peer=self._peer,
             **fields,
         )
 
@@ -94,11 +117,33 @@ class _Call:
         await self._context.abort(_GRPC_CODES[Code(status.code)], status.message)
 
 
-def _unary(method: str, handler: Callable[[Any, ServicerContext], Awaitable[Any]]) -> Callable[..., Any]:
+_Decoder = Callable[[Any], Any]
+"""From what the library hands over, a message's bytes or a stream of them, to a request or a stream of requests."""
+
+
+def _decoder(method: Any) -> _Decoder:
+    parse = GetMessageClass(method.input_type).FromString
+
+    def decode(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            raise InvalidArgument(f"the request cannot be decoded: {error}") from error
+
+    async def decode_stream(messages: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+        async for data in messages:
+            yield decode(data)
+
+    return decode_stream if method.client_streaming else decode
+
+
+def _unary(
+    method: str, decode: _Decoder, handler: Callable[[Any, ServicerContext], Awaitable[Any]]
+) -> Callable[..., Any]:
     async def wrapped(request: Any, context: ServicerContext) -> Any:
         call = _Call(method, context)
         try:
-            response = await handler(request, context)
+            response = await handler(decode(request), context)
         except (Exception, asyncio.CancelledError) as error:
             await call.failed(error)
         call.completed("OK")
@@ -107,12 +152,15 @@ def _unary(method: str, handler: Callable[[Any, ServicerContext], Awaitable[Any]
     return wrapped
 
 
-def _streaming(method: str, handler: Callable[[Any, ServicerContext], AsyncIterator[Any]]) -> Callable[..., Any]:
+def _streaming(
+    method: str, decode: _Decoder, handler: Callable[[Any, ServicerContext], AsyncGenerator[Any, None]]
+) -> Callable[..., Any]:
     async def wrapped(request: Any, context: ServicerContext) -> AsyncIterator[Any]:
         call = _Call(method, context)
         try:
-            async for response in handler(request, context):
-                yield response
+            async with aclosing(handler(decode(request), context)) as responses:
+                async for response in responses:
+                    yield response
         except GeneratorExit:
             call.completed("CANCELLED")
             raise

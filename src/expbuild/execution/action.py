@@ -6,6 +6,7 @@ anything is queued. Whatever leaves this module can be run.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,17 @@ from expbuild.storage.base import BlobStore, read_blob
 
 MAX_MESSAGE_BYTES = 16 << 20
 """Largest Action, Command or Directory blob that is looked into."""
+
+INLINE_BYTES = 64 << 10
+"""Larger messages are taken apart in a thread: millions of small things fit into one, and the loop must stay free."""
+
+MAX_DEPTH = 512
+"""Deepest nesting of an input tree, of an output's path and of an output directory."""
+
+MAX_OUTPUTS = 100_000
+"""Most outputs one command may declare."""
+
+_MAX_PATH_CHARS = MAX_DEPTH * 256
 
 M = TypeVar("M", bound=Message)
 Components = tuple[str, ...]
@@ -86,19 +98,38 @@ async def load_action(blobs: BlobStore, digest: Digest, timeouts: TimeoutPolicy)
 
     Raises MissingBlobs when either is not stored, InvalidArgument with everything that is wrong about them first found.
     """
-    action = await _load(blobs, digest, Action(), "Action")
+    action_bytes = await _load(blobs, digest, "Action")
+    action = parse_message(Action(), action_bytes, digest)
     command_digest = required_digest(action, "command_digest", digest.function, "Action")
-    input_root = required_digest(action, "input_root_digest", digest.function, "Action")
-    command = await _load(blobs, command_digest, Command(), "Command")
-    platform = action.platform if action.platform.properties else command.platform
-    return ActionSpec(
-        digest=digest,
-        command=check_command(command),
-        input_root=input_root,
-        timeout_s=_timeout(action.timeout if action.HasField("timeout") else None, timeouts),
-        do_not_cache=action.do_not_cache,
-        platform=_properties(platform),
-    )
+    command_bytes = await _load(blobs, command_digest, "Command")
+
+    def check() -> ActionSpec:
+        command = parse_message(Command(), command_bytes, command_digest)
+        platform = action.platform if action.platform.properties else command.platform
+        return ActionSpec(
+            digest=digest,
+            command=check_command(command),
+            input_root=required_digest(action, "input_root_digest", digest.function, "Action"),
+            timeout_s=_timeout(action.timeout if action.HasField("timeout") else None, timeouts),
+            do_not_cache=action.do_not_cache,
+            platform=_properties(platform),
+        )
+
+    return await asyncio.to_thread(check) if len(command_bytes) > INLINE_BYTES else check()
+
+
+def parse_message(message: M, data: bytes, digest: Digest) -> M:
+    """Parse a blob into the message given, and return it. Raises InvalidArgument."""
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise InvalidArgument(f"blob {digest} is not a valid {message.DESCRIPTOR.name} message") from error
+    return message
+
+
+def shown(text: str) -> str:
+    """Return a text from a client as it may stand in a message: quoted, and not longer than people read."""
+    return repr(text) if len(text) <= 200 else f"{text[:200]!r}…"
 
 
 def required_digest(message: Message, field: str, function: DigestFunction, owner: str) -> Digest:
@@ -121,7 +152,7 @@ def check_command(command: Command) -> CommandSpec:
     if command.output_node_properties:
         name = command.output_node_properties[0]
         raise InvalidArgument(
-            f"Command.output_node_properties: {name!r} is not supported (see supported_node_properties)"
+            f"Command.output_node_properties: {shown(name)} is not supported (see supported_node_properties)"
         )
     working_directory = _resolve(command.working_directory, (), "Command.working_directory")
     return CommandSpec(
@@ -134,16 +165,13 @@ def check_command(command: Command) -> CommandSpec:
     )
 
 
-async def _load(blobs: BlobStore, digest: Digest, message: M, name: str) -> M:
+async def _load(blobs: BlobStore, digest: Digest, name: str) -> bytes:
     if digest.size_bytes > MAX_MESSAGE_BYTES:
         raise InvalidArgument(f"{name} {digest} is larger than {MAX_MESSAGE_BYTES} bytes")
     try:
-        message.ParseFromString(await read_blob(blobs, digest))
+        return await read_blob(blobs, digest)
     except BlobNotFound as error:
         raise MissingBlobs([digest]) from error
-    except DecodeError as error:
-        raise InvalidArgument(f"blob {digest} is not a valid {name} message") from error
-    return message
 
 
 _ENVIRONMENT_NAME = re.compile(r"[^=\0]+")
@@ -153,9 +181,11 @@ def _environment(variables: Iterable[Command.EnvironmentVariable]) -> dict[str, 
     environment: dict[str, str] = {}
     for variable in variables:
         if _ENVIRONMENT_NAME.fullmatch(variable.name) is None:
-            raise InvalidArgument(f"Command.environment_variables: {variable.name!r} is not a name a variable can have")
+            name = shown(variable.name)
+            raise InvalidArgument(f"Command.environment_variables: {name} is not a name a variable can have")
         if "\0" in variable.value:
-            raise InvalidArgument(f"Command.environment_variables: the value of {variable.name!r} contains a NUL byte")
+            name = shown(variable.name)
+            raise InvalidArgument(f"Command.environment_variables: the value of {name} contains a NUL byte")
         environment[variable.name] = variable.value
     return environment
 
@@ -171,11 +201,15 @@ def _outputs(command: Command, working_directory: Components) -> tuple[OutputReq
             # Some clients name each output in both lists when they do not know what it will be.
             kinds[path] = OutputKind.ANY if path in kinds else OutputKind.DIRECTORY
         field = "output_files/output_directories"
+    if len(kinds) > MAX_OUTPUTS:
+        raise InvalidArgument(f"Command.{field}: {len(kinds)} outputs are declared, at most {MAX_OUTPUTS} are possible")
     outputs = []
     for path, kind in kinds.items():
-        if path == "" and kind is OutputKind.FILE:
-            raise InvalidArgument("Command.output_files: an empty path names the working directory, which is no file")
         location = _resolve(path, working_directory, f"Command.{field}")
+        if kind is OutputKind.FILE and location == working_directory[: len(location)]:
+            raise InvalidArgument(
+                f"Command.output_files: {shown(path)} names the working directory or one above it, which is no file"
+            )
         outputs.append(OutputRequest(path, location, kind))
     _check_nesting(outputs)
     return tuple(outputs)
@@ -188,28 +222,32 @@ def _check_nesting(outputs: list[OutputRequest]) -> None:
         for length in range(len(output.location)):
             if (parent := files.get(output.location[:length])) is not None:
                 raise InvalidArgument(
-                    f"Command.output_files: {parent!r} is declared a file and a parent of {output.path!r}"
+                    f"Command.output_files: {shown(parent)} is declared a file and a parent of {shown(output.path)}"
                 )
 
 
 def _resolve(path: str, base: Components, field: str) -> Components:
     """Return where a relative path leads below the input root, by its text alone. Raises InvalidArgument."""
     if path.startswith("/"):
-        raise InvalidArgument(f"{field}: {path!r} is absolute; paths are relative")
+        raise InvalidArgument(f"{field}: {shown(path)} is absolute; paths are relative")
     if "\0" in path:
-        raise InvalidArgument(f"{field}: {path!r} contains a NUL byte")
+        raise InvalidArgument(f"{field}: {shown(path)} contains a NUL byte")
+    if len(path) > _MAX_PATH_CHARS:
+        raise InvalidArgument(f"{field}: {shown(path)} is longer than a path can be")
     components = list(base)
     for segment in path.split("/") if path else ():
         if segment == "":
-            raise InvalidArgument(f"{field}: {path!r} has an empty segment or a trailing slash")
+            raise InvalidArgument(f"{field}: {shown(path)} has an empty segment or a trailing slash")
         if segment == "..":
             if not components:
-                raise InvalidArgument(f"{field}: {path!r} leads out of the input root")
+                raise InvalidArgument(f"{field}: {shown(path)} leads out of the input root")
             components.pop()
         elif segment != ".":
             if len(segment.encode()) > 255:
-                raise InvalidArgument(f"{field}: a name in {path[:80]!r}… is longer than 255 bytes")
+                raise InvalidArgument(f"{field}: a name in {shown(path)} is longer than 255 bytes")
             components.append(segment)
+    if len(components) > MAX_DEPTH:
+        raise InvalidArgument(f"{field}: {shown(path)} is nested deeper than {MAX_DEPTH} directories")
     return tuple(components)
 
 

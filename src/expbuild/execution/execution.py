@@ -122,7 +122,7 @@ class Execution:
             return
         self.outcome = outcome
         self.stage = Stage.COMPLETED
-        self.tree = None
+        self.spec = self.tree = None  # the record lives on for its clients; what only a run needs does not
         self._notify()
 
     async def changes(self, heartbeat_s: float) -> AsyncIterator[None]:

@@ -85,10 +85,9 @@ def _create_directories(tree: InputTree, root_fd: int, owner: Owner | None) -> I
 
 def _make_directory(parent_fd: int, name: str, owner: Owner | None) -> int:
     os.mkdir(name, 0o755, dir_fd=parent_fd)
-    fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent_fd)
     if owner is not None:
-        os.fchown(fd, owner.uid, owner.gid)
-    return fd
+        os.chown(name, owner.uid, owner.gid, dir_fd=parent_fd, follow_symlinks=False)
+    return os.open(name, OPEN_DIRECTORY, dir_fd=parent_fd)
 
 
 def _create_parent(root_fd: int, path: Components, owner: Owner | None) -> None:
@@ -101,8 +100,11 @@ def _create_parent(root_fd: int, path: Components, owner: Owner | None) -> None:
             except FileNotFoundError:
                 child = _make_directory(fd, name, owner)
             except OSError:
-                if stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+                if stat.S_ISLNK(mode):
                     return
+                if stat.S_ISDIR(mode):
+                    raise
                 where = "/".join(path[: depth + 1])
                 raise InvalidArgument(f"an output lies below {where!r}, which is a file in the input tree") from None
             os.close(fd)

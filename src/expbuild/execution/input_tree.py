@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
-
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import BlobNotFound, InvalidArgument, MissingBlobs
-from expbuild.execution.action import MAX_MESSAGE_BYTES, Components, required_digest
+from expbuild.execution.action import (
+    INLINE_BYTES,
+    MAX_DEPTH,
+    MAX_MESSAGE_BYTES,
+    Components,
+    parse_message,
+    required_digest,
+    shown,
+)
 from expbuild.reapi import Directory
 from expbuild.storage.base import BlobStore, read_blob
 
 MAX_NODES = 2_000_000
 """Most files, directories and symlinks one input tree may expand to."""
 
-MAX_DEPTH = 512
-"""Deepest nesting of an input tree."""
+_LARGE_TREE = 1000
+"""A tree of more distinct directories is counted in a thread."""
+
+_SLICE_S = 0.005
+"""So long a tree is read before others get their turn: a store answers for small blobs without ever waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,11 @@ async def load_input_tree(blobs: BlobStore, root: Digest, *, absolute_symlinks: 
     missing: dict[Digest, None] = {}
     files: set[Digest] = set()
     pending, seen = [root], {root}
+    slice_end = time.monotonic() + _SLICE_S
     while pending:
+        if time.monotonic() > slice_end:
+            await asyncio.sleep(0)
+            slice_end = time.monotonic() + _SLICE_S
         digest = pending.pop()
         try:
             directory = await _load_directory(blobs, digest, absolute_symlinks)
@@ -79,23 +94,30 @@ async def load_input_tree(blobs: BlobStore, root: Digest, *, absolute_symlinks: 
             if child not in seen:
                 seen.add(child)
                 pending.append(child)
+        if len(seen) + len(files) > MAX_NODES:
+            raise InvalidArgument(f"the input tree has more than {MAX_NODES} nodes")
     # The directories were just read; asking for them too renews the promise that they stay.
     missing.update(dict.fromkeys(await blobs.find_missing(files | directories.keys())))
     if missing:
         raise MissingBlobs(list(missing))
     tree = InputTree(root, directories)
-    _check_expansion(tree)
+    if len(directories) > _LARGE_TREE:
+        await asyncio.to_thread(_check_expansion, tree)
+    else:
+        _check_expansion(tree)
     return tree
 
 
 async def _load_directory(blobs: BlobStore, digest: Digest, absolute_symlinks: bool) -> InputDirectory:
     if digest.size_bytes > MAX_MESSAGE_BYTES:
         raise InvalidArgument(f"Directory {digest} is larger than {MAX_MESSAGE_BYTES} bytes")
-    try:
-        message = Directory.FromString(await read_blob(blobs, digest))
-    except DecodeError as error:
-        raise InvalidArgument(f"blob {digest} is not a valid Directory message") from error
-    return check_directory(message, digest.function, absolute_symlinks=absolute_symlinks)
+    data = await read_blob(blobs, digest)
+
+    def check() -> InputDirectory:
+        message = parse_message(Directory(), data, digest)
+        return check_directory(message, digest.function, absolute_symlinks=absolute_symlinks)
+
+    return await asyncio.to_thread(check) if len(data) > INLINE_BYTES else check()
 
 
 def check_directory(message: Directory, function: DigestFunction, *, absolute_symlinks: bool) -> InputDirectory:
@@ -103,10 +125,12 @@ def check_directory(message: Directory, function: DigestFunction, *, absolute_sy
     _check_names(node.name for nodes in (message.files, message.directories, message.symlinks) for node in nodes)
     for link in message.symlinks:
         if not link.target or "\0" in link.target:
-            raise InvalidArgument(f"symlink {link.name!r} in the input tree has the impossible target {link.target!r}")
+            raise InvalidArgument(
+                f"symlink {link.name!r} in the input tree has the impossible target {shown(link.target)}"
+            )
         if link.target.startswith("/") and not absolute_symlinks:
             raise InvalidArgument(
-                f"symlink {link.name!r} in the input tree has the absolute target {link.target!r}, which "
+                f"symlink {link.name!r} in the input tree has the absolute target {shown(link.target)}, which "
                 "symlink_absolute_path_strategy DISALLOWED forbids"
             )
     return InputDirectory(

@@ -30,6 +30,9 @@ from expbuild.storage.base import ActionCache, ActionKey, BlobStore
 
 log = structlog.get_logger()
 
+MAX_FINISHED = 100_000
+"""So many finished executions are kept for their clients, a few KiB each; then the oldest go before their time."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExecuteCall:
@@ -91,8 +94,9 @@ class ExecutionManager:
         self._operations: dict[str, Operation] = {}
         self._names: dict[str, list[str]] = {}
         self._in_flight: dict[ActionKey, Execution] = {}
-        self._running: dict[str, asyncio.Task[Outcome]] = {}
-        self._stop_reasons: dict[str, ExpbuildError] = {}
+        self._running: dict[Execution, asyncio.Task[Outcome]] = {}
+        self._stop_reasons: dict[Execution, ExpbuildError] = {}
+        self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._abandonments: dict[str, asyncio.TimerHandle] = {}
         self._sequence = itertools.count()
         self._closing = False
@@ -103,8 +107,7 @@ class ExecutionManager:
         Raises before there is an operation: InvalidArgument for a malformed action, NoMatchingWorker for one that can
         never run here, QueueFull, ShuttingDown. Everything later, missing blobs included, is the operation's outcome.
         """
-        if self._closing:
-            raise ShuttingDown
+        self._check_open()
         key = ActionKey(call.instance_name, call.action_digest)
         try:
             spec = await load_action(self._blobs, call.action_digest, self._policy.timeouts)
@@ -118,6 +121,7 @@ class ExecutionManager:
                 return self._finished(call, Outcome(result=result, cached=True))
             if (running := self._mergeable(call, spec)) is not None:
                 return self._register(running)
+        self._check_open()  # may have changed while we waited; what starts after close() would never be stopped
         self._pool.check_satisfiable(spec.platform)
         execution = self._create(call, spec)
         self._pool.admit(execution.id)
@@ -127,7 +131,7 @@ class ExecutionManager:
         context = contextvars.Context()
         task = self._tasks.create_task(self._run(execution), name=f"execution {execution.id}", context=context)
         task.add_done_callback(functools.partial(self._conclude, execution), context=context)
-        self._running[execution.id] = task
+        self._running[execution] = task
         return self._register(execution)
 
     def operation(self, name: str) -> Operation:
@@ -157,8 +161,12 @@ class ExecutionManager:
     def close(self) -> None:
         """End everything: nothing new is accepted, what waits or runs ends as UNAVAILABLE. Does not wait for it."""
         self._closing = True
-        for execution_id in list(self._running):
-            self._stop(execution_id, ShuttingDown())
+        for execution in list(self._running):
+            self._stop(execution, ShuttingDown())
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ShuttingDown
 
     def _mergeable(self, call: ExecuteCall, spec: ActionSpec) -> Execution | None:
         """Return an execution in flight that this call may share.
@@ -225,32 +233,44 @@ class ExecutionManager:
         """Stop an execution that nobody watches, unless somebody comes back in time."""
         reason = ExecutionCancelled(f"nobody watched this execution for {self._policy.abandoned_grace_s:g} s")
         self._abandonments[execution.id] = asyncio.get_running_loop().call_later(
-            self._policy.abandoned_grace_s, self._stop, execution.id, reason
+            self._policy.abandoned_grace_s, self._stop, execution, reason
         )
 
-    def _stop(self, execution_id: str, reason: ExpbuildError) -> None:
-        if (task := self._running.get(execution_id)) is not None:
-            self._stop_reasons[execution_id] = reason
-            task.cancel()
+    def _stop(self, execution: Execution, reason: ExpbuildError) -> None:
+        """Begin to end an execution, once; from now on nobody joins it."""
+        task = self._running.get(execution)
+        if task is None or execution in self._stop_reasons:
+            return
+        self._stop_reasons[execution] = reason
+        self._take_out_of_flight(execution)
+        task.cancel()
 
-    def _conclude(self, execution: Execution, task: asyncio.Task[Outcome]) -> None:
-        """Record, log and make room, whatever way an execution's task ended: even one cancelled before it began."""
-        del self._running[execution.id]
-        self._pool.leave(execution.id)
-        if (timer := self._abandonments.pop(execution.id, None)) is not None:
-            timer.cancel()
+    def _take_out_of_flight(self, execution: Execution) -> None:
         key = ActionKey(execution.instance_name, execution.action_digest)
         if self._in_flight.get(key) is execution:
             del self._in_flight[key]
-        reason = self._stop_reasons.pop(execution.id, ShuttingDown())
+
+    def _conclude(self, execution: Execution, task: asyncio.Task[Outcome]) -> None:
+        """Record, log and make room, whatever way an execution's task ended: even one cancelled before it began."""
+        del self._running[execution]
+        self._pool.leave(execution.id)
+        if (timer := self._abandonments.pop(execution.id, None)) is not None:
+            timer.cancel()
+        self._take_out_of_flight(execution)
+        reason = self._stop_reasons.pop(execution, ShuttingDown())
         execution.finish(Outcome(error=reason) if task.cancelled() else task.result())
         _log_completion(execution)
         self._expire_later(execution)
 
     def _expire_later(self, execution: Execution) -> None:
-        asyncio.get_running_loop().call_later(self._policy.result_ttl_s, self._expire, execution.id)
+        self._expiries[execution.id] = asyncio.get_running_loop().call_later(
+            self._policy.result_ttl_s, self._expire, execution.id
+        )
+        if len(self._expiries) > MAX_FINISHED:
+            self._expire(next(iter(self._expiries)))
 
     def _expire(self, execution_id: str) -> None:
+        self._expiries.pop(execution_id).cancel()
         for name in self._names.pop(execution_id, ()):
             self._operations.pop(name, None)
 

@@ -7,13 +7,15 @@ All functions here block; they run in worker threads.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass, field
 
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import InvalidArgument, OutputRejected
-from expbuild.execution.action import CommandSpec, OutputKind, OutputRequest
+from expbuild.execution.action import MAX_DEPTH, CommandSpec, OutputKind, OutputRequest
 from expbuild.execution.input_root import OPEN_DIRECTORY
 from expbuild.reapi import (
     ActionResult,
@@ -26,9 +28,12 @@ from expbuild.reapi import (
     SymlinkNode,
 )
 from expbuild.storage.base import BlobStore
+from expbuild.workers.base import Owner
 
-MAX_DEPTH = 512
-"""Deepest nesting of an output directory."""
+_NOT_A_DIRECTORY = frozenset({errno.ENOTDIR, errno.ELOOP})
+
+MAX_ENTRIES = 2_000_000
+"""Most files, directories and symlinks the output directories of one action may hold together."""
 
 
 @dataclass
@@ -42,7 +47,8 @@ class CollectedOutputs:
 class OutputCollector:
     """Collects the outputs of one action.
 
-    root_fd: the input root the action ran in, open. absolute_symlinks: whether symlinks may have absolute targets.
+    root_fd: the input root the action ran in, open. owner: whom it ran as, None for our own user.
+    absolute_symlinks: whether symlinks may have absolute targets.
     accepts_directories: whether a directory may be returned where a file was declared.
     """
 
@@ -53,6 +59,7 @@ class OutputCollector:
         function: DigestFunction,
         command: CommandSpec,
         *,
+        owner: Owner | None,
         absolute_symlinks: bool,
         accepts_directories: bool,
     ) -> None:
@@ -60,6 +67,8 @@ class OutputCollector:
         self._root_fd = root_fd
         self._function = function
         self._command = command
+        self._owner = owner
+        self._entries = 0
         self._absolute_symlinks = absolute_symlinks
         self._accepts_directories = accepts_directories
         self._found = CollectedOutputs()
@@ -103,6 +112,8 @@ class OutputCollector:
             except FileNotFoundError:
                 return None
             except OSError as error:
+                if error.errno not in _NOT_A_DIRECTORY:
+                    raise
                 raise OutputRejected(
                     f"output {request.path!r}: its parent {name!r} is not a directory (symlinks are not followed)"
                 ) from error
@@ -169,7 +180,7 @@ class OutputCollector:
                 if level.pending is None:
                     level.pending = self._scan(level, path)
                 if level.pending:
-                    if len(stack) > MAX_DEPTH:
+                    if len(stack) >= MAX_DEPTH:
                         raise OutputRejected(f"output {path!r} is nested deeper than {MAX_DEPTH} directories")
                     name = level.pending.pop()
                     stack.append(_Level(_open_directory(name, level.fd), name))
@@ -196,6 +207,9 @@ class OutputCollector:
         names = []
         with os.scandir(level.fd) as entries:
             for entry in entries:
+                self._entries += 1
+                if self._entries > MAX_ENTRIES:
+                    raise OutputRejected(f"output {path!r}: more than {MAX_ENTRIES} entries in the output directories")
                 name = _utf8(entry.name, path)
                 if entry.is_symlink():
                     level.symlinks.append(SymlinkNode(name=name, target=self._read_link(name, level.fd)))
@@ -204,15 +218,18 @@ class OutputCollector:
                 elif entry.is_file(follow_symlinks=False):
                     digest, executable = self._store_file(name, level.fd)
                     level.files.append(FileNode(name=name, digest=_message(digest), is_executable=executable))
+        names.sort(reverse=True)  # the walk takes them from the end; its order is that of the Tree's bytes
         return names
 
     def _store_file(self, name: str, dir_fd: int) -> tuple[Digest, bool]:
         fd = _open_file(name, dir_fd)
         try:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise OutputRejected(f"output file {name!r} is not a regular file")
-            return self._blobs.ingest(fd, self._function), bool(mode & 0o111)
+            if self._owner is not None and not _may_read(self._owner, found):
+                raise OutputRejected(f"output file {name!r} is a link to a file that the action could not read itself")
+            return self._blobs.ingest(fd, self._function), bool(found.st_mode & 0o111)
         finally:
             os.close(fd)
 
@@ -248,11 +265,15 @@ class _Level:
 
 def _open_directory(name: str, dir_fd: int) -> int:
     try:
-        return os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
+        fd = os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
     except PermissionError:
         # The action took away its own right to look; it is dead, and what it left is ours to open up.
         os.chmod(name, 0o700, dir_fd=dir_fd)
         return os.open(name, OPEN_DIRECTORY, dir_fd=dir_fd)
+    if not os.fstat(fd).st_mode & stat.S_IXUSR:
+        with contextlib.suppress(PermissionError):
+            os.fchmod(fd, 0o700)  # it can be listed, but nothing in it reached
+    return fd
 
 
 def _open_file(name: str, dir_fd: int) -> int:
@@ -262,6 +283,16 @@ def _open_file(name: str, dir_fd: int) -> int:
     except PermissionError:
         os.chmod(name, os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode | 0o400, dir_fd=dir_fd)
         return os.open(name, flags, dir_fd=dir_fd)
+
+
+def _may_read(owner: Owner, found: os.stat_result) -> bool:
+    """Whether an action could read a file: its own, or one that is open to it.
+
+    A hard link needs no right to read its file (unless fs.protected_hardlinks is set), and we may be root.
+    """
+    if found.st_uid == owner.uid:
+        return True
+    return bool(found.st_mode & (stat.S_IRGRP if found.st_gid == owner.gid else stat.S_IROTH))
 
 
 def _is_directory(name: str, dir_fd: int) -> bool | None:

@@ -36,6 +36,7 @@ class _Slot:
     view: WorkerView
     running: Execution | None = None
     offline_reason: str = "not started"
+    is_starting: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -54,8 +55,8 @@ class _Waiting:
 class WorkerPool:
     """Runs executions on workers.
 
-    max_queue_size: how many executions may wait, those still being prepared included. interval_s: the longest time
-    between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
+    max_queue_size: how many executions may wait beyond those that idle workers could take. interval_s: the longest
+    time between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class WorkerPool:
         """Look after queue and workers until cancelled."""
         loop = asyncio.get_running_loop()
         next_revival = loop.time() + REVIVAL_INTERVAL_S
-        while True:
-            await asyncio.sleep(self._interval_s)
-            self._assign()
-            if loop.time() >= next_revival:
-                await self._revive()
-                next_revival = loop.time() + REVIVAL_INTERVAL_S
+        async with asyncio.TaskGroup() as revivals:
+            while True:
+                await asyncio.sleep(self._interval_s)
+                self._assign()
+                if loop.time() >= next_revival:
+                    self._revive(revivals)
+                    next_revival = loop.time() + REVIVAL_INTERVAL_S
 
     def check_satisfiable(self, requested: PropertyList) -> None:
         """Raise NoMatchingWorker when no configured worker, idle, busy or offline, could ever run this."""
@@ -93,7 +95,8 @@ class WorkerPool:
 
         Raises QueueFull.
         """
-        if len(self._admitted) >= self._max_queue_size:
+        idle = sum(slot.is_idle for slot in self._slots.values())
+        if len(self._admitted) >= self._max_queue_size + idle:
             raise QueueFull(self._max_queue_size)
         self._admitted.add(execution_id)
 
@@ -150,7 +153,9 @@ class WorkerPool:
         idle = [slot.view for slot in self._slots.values() if slot.is_idle]
         if not idle or not self._queue:
             return
-        for assignment in assign([waiting.action for waiting in self._queue.values()], idle):
+        # A cancelled execution is in the queue until its task gets to run.
+        queued = [waiting.action for waiting in self._queue.values() if not waiting.slot.done()]
+        for assignment in assign(queued, idle):
             waiting = self._queue.pop(assignment.execution)
             slot = self._slots[assignment.worker]
             slot.running = waiting.execution
@@ -168,12 +173,21 @@ class WorkerPool:
             slot.offline_reason = ""
             log.info("worker.registered", worker=slot.worker.name, platform=str(slot.worker.properties))
 
-    async def _revive(self) -> None:
-        """Try the offline workers again."""
+    def _revive(self, tasks: asyncio.TaskGroup) -> None:
+        """Try the offline workers again, each by itself: one may pull an image for half an hour."""
         for slot in self._slots.values():
-            if slot.offline_reason and slot.running is None:
-                try:
-                    await self._start(slot)
-                except ExpbuildError as error:
-                    slot.offline_reason = str(error)
+            if slot.offline_reason and slot.running is None and not slot.is_starting:
+                slot.is_starting = True
+                tasks.create_task(self._restart(slot), name=f"restart {slot.worker.name}")
+
+    async def _restart(self, slot: _Slot) -> None:
+        try:
+            await self._start(slot)
+        except ExpbuildError as error:
+            slot.offline_reason = str(error)
+        except Exception as error:
+            slot.offline_reason = repr(error)
+            log.exception("worker.crashed", worker=slot.worker.name)
+        finally:
+            slot.is_starting = False
         self._assign()

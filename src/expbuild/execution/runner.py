@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import structlog
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import ActionTimedOut, BlobNotFound, ExpbuildError, MissingBlobs, WorkerFailed, WorkerFull
 from expbuild.execution.action import ActionSpec
-from expbuild.execution.execution import Execution, Outcome
+from expbuild.execution.execution import Execution, Outcome, Timeline
 from expbuild.execution.input_root import OPEN_DIRECTORY, create_workspace, materialize, remove_tree
 from expbuild.execution.input_tree import InputTree
 from expbuild.execution.outputs import CollectedOutputs, OutputCollector
@@ -26,6 +26,9 @@ from expbuild.workers.base import Owner, Run, RunResult, Worker
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+_BLOBS_AT_ONCE = 64
+"""So many small blobs are written on the event loop before others get their turn."""
 
 
 class ActionRunner:
@@ -60,7 +63,9 @@ class ActionRunner:
         spec, tree = execution.spec, execution.tree
         assert spec is not None  # only prepared executions reach a worker
         assert tree is not None
-        times, now = execution.timeline, execution.clock.now_ns
+        # Of an earlier attempt nothing must be left that this one has not reached yet.
+        times = execution.timeline = Timeline(queued=execution.timeline.queued)
+        now = execution.clock.now_ns
         workspace = worker.work_dir / f"{execution.id}-{execution.attempts}"
         times.worker_start = times.input_fetch_start = now()
         try:
@@ -68,7 +73,7 @@ class ActionRunner:
             times.input_fetch_completed = times.execution_start = now()
             ran = await worker.run(_run_of(spec, workspace))
             times.execution_completed = times.output_upload_start = now()
-            result, error = await self._collect(workspace, execution, spec, ran)
+            result, error = await self._collect(workspace, execution, spec, worker.owner, ran)
             times.output_upload_completed = times.worker_completed = now()
         finally:
             self._background.create_task(self._remove(workspace), name=f"remove {workspace.name}")
@@ -93,7 +98,7 @@ class ActionRunner:
                 raise MissingBlobs([error.digest]) from error
 
     async def _collect(
-        self, workspace: Path, execution: Execution, spec: ActionSpec, ran: RunResult
+        self, workspace: Path, execution: Execution, spec: ActionSpec, owner: Owner | None, ran: RunResult
     ) -> tuple[ActionResult, ExpbuildError | None]:
         """Return the result with all its blobs stored, and what is wrong with it."""
         function = spec.digest.function
@@ -102,13 +107,15 @@ class ActionRunner:
             stdout, stderr = await self._in_thread(self._store_streams, workspace, function)
             try:
                 found = await self._in_thread(
-                    self._collect_outputs, workspace / "root", spec, execution.accepts_directories
+                    self._collect_outputs, workspace / "root", spec, owner, execution.accepts_directories
                 )
             except ExpbuildError as rejected:
                 error = error or rejected
                 found = CollectedOutputs()
-        for digest, data in found.blobs.items():
+        for count, (digest, data) in enumerate(found.blobs.items()):
             await write_blob(self._blobs, digest, data)
+            if count % _BLOBS_AT_ONCE == _BLOBS_AT_ONCE - 1:
+                await asyncio.sleep(0)
         result = found.result
         result.exit_code = ran.exit_code
         for target, digest in ((result.stdout_digest, stdout), (result.stderr_digest, stderr)):
@@ -122,7 +129,9 @@ class ActionRunner:
                 digests.append(self._blobs.ingest(file.fileno(), function))
         return digests
 
-    def _collect_outputs(self, root: Path, spec: ActionSpec, accepts_directories: bool) -> CollectedOutputs:
+    def _collect_outputs(
+        self, root: Path, spec: ActionSpec, owner: Owner | None, accepts_directories: bool
+    ) -> CollectedOutputs:
         root_fd = os.open(root, OPEN_DIRECTORY)
         try:
             return OutputCollector(
@@ -130,6 +139,7 @@ class ActionRunner:
                 root_fd,
                 spec.digest.function,
                 spec.command,
+                owner=owner,
                 absolute_symlinks=self._absolute_symlinks,
                 accepts_directories=accepts_directories,
             ).collect()
@@ -155,7 +165,9 @@ class ActionRunner:
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
-            await asyncio.wait([job])
+            while not job.done():
+                with suppress(asyncio.CancelledError):  # our caller gets the first one
+                    await asyncio.wait([job])
             raise
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expbuild.errors import NoMatchingWorker
-from expbuild.platform_properties import PropertyList, WorkerProperties, describe
+from expbuild.platform_properties import PropertyList, WorkerProperties, describe, explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def check_satisfiable(requested: PropertyList, workers: Sequence[WorkerView]) ->
     mismatches = nearest.properties.mismatches(requested)
     if not mismatches:
         return
-    reasons = "; ".join(str(mismatch) for mismatch in mismatches)
     raise NoMatchingWorker(
         f"no configured worker satisfies the platform properties {describe(requested)}. The nearest is {nearest.name} "
-        f"({nearest.properties}), but {reasons}. Change exec_properties of the action or the workers of the server."
+        f"({nearest.properties}), but {explain(mismatches)}. "
+        "Change exec_properties of the action or the workers of the server."
     )

@@ -6,6 +6,7 @@ leaves of a file. So each entry is `magic, version, length, SHA-256, payload`, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from expbuild.reapi import ActionResult
 from expbuild.storage.base import ActionKey
-from expbuild.storage.files import TempFile, empty_temp_directory, open_root, renew_stamp, storage_errors
+from expbuild.storage.files import TempFile, open_root, renew_stamp, storage_errors
 
 log = structlog.get_logger()
 
@@ -33,10 +34,7 @@ class FilesystemActionCache:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
         self._root_fd = open_root(root, "storage.action_cache.root_dir")
-        with storage_errors(f"prepare the action cache in {root}"):
-            empty_temp_directory(root)
 
     async def get(self, key: ActionKey) -> ActionResult | None:
         name = _entry_name(key)
@@ -52,7 +50,8 @@ class FilesystemActionCache:
         if result is None:
             log.error("action_result.damaged", action_digest=str(key.action_digest), found_bytes=len(data))
             return None
-        renew_stamp(name, self._root_fd, seen)
+        with contextlib.suppress(OSError):  # the stamp is for eviction; we have the result
+            renew_stamp(name, self._root_fd, seen)
         return result
 
     async def put(self, key: ActionKey, result: ActionResult) -> None:
@@ -63,7 +62,6 @@ class FilesystemActionCache:
             try:
                 temp.write(_HEADER.pack(_MAGIC, _VERSION, len(payload), hashlib.sha256(payload).digest()))
                 temp.write(payload)
-                (self._root / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 temp.replace(name, 0o400)
             finally:
                 temp.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class BlobStore(Protocol):
         Raises StorageUnavailable. (REAPI: FindMissingBlobs)
         """
 
-    def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncIterator[bytes]:
+    def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         """Yield the blob's bytes from `offset` on, at most `limit` of them, in chunks of up to CHUNK_BYTES.
 
         0 <= offset <= size is the caller's duty. A blob evicted while it is read is still read to its end.

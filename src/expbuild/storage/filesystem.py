@@ -8,9 +8,11 @@ linked elsewhere. A file's atime is its promise stamp: when we last told somebod
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+import threading
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +23,7 @@ from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import BlobNotFound, StorageUnavailable
 from expbuild.storage.base import CHUNK_BYTES, INLINE_BYTES, Sharing
 from expbuild.storage.checks import check_content, check_hash, check_not_longer
-from expbuild.storage.files import MTIME_NS, TempFile, empty_temp_directory, open_root, renew_stamp, storage_errors
+from expbuild.storage.files import MTIME_NS, TempFile, open_root, renew_stamp, storage_errors
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -38,20 +40,15 @@ class FilesystemBlobStore:
     """
 
     def __init__(self, root: Path, functions: Iterable[DigestFunction], executor: Executor) -> None:
-        self._root_fd = open_root(root, "storage.cas.root_dir")
+        self._root_fd = open_root(root, "storage.cas.root_dir", (function.name.lower() for function in functions))
         self._executor = executor
-        with storage_errors(f"prepare the blob store in {root}"):
-            empty_temp_directory(root)
-            for function in functions:
-                for shard in range(256):
-                    (root / function.name.lower() / f"{shard:02x}").mkdir(parents=True, exist_ok=True)
 
     async def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         if len(digests) <= _LOOKUPS_ON_LOOP:
             return self._absent(digests)
         return await self._in_thread(self._absent, digests)
 
-    async def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncIterator[bytes]:
+    async def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         if digest.is_empty:
             return
         fd = self._open(digest)
@@ -78,7 +75,7 @@ class FilesystemBlobStore:
             _create(dir_fd, name, executable, None, 0)
             return
         if sharing is Sharing.LINK:
-            source = self._executable_variant(digest) if executable else blob_name(digest)
+            source = self._executable_variant(digest) if executable else self._whole_file(digest)
             try:
                 os.link(source, name, src_dir_fd=self._root_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
                 return
@@ -133,18 +130,23 @@ class FilesystemBlobStore:
             for digest in digests:
                 if digest.is_empty:
                     continue
-                name = blob_name(digest)
                 try:
-                    seen = os.stat(name, dir_fd=self._root_fd)
+                    is_stored = self._is_stored(digest)
                 except FileNotFoundError:
+                    is_stored = False
+                if not is_stored:
                     missing.add(digest)
-                    continue
-                if seen.st_size != digest.size_bytes:
-                    missing.add(digest)
-                    log.error("blob.damaged", digest=str(digest), found_bytes=seen.st_size)
-                    continue
-                renew_stamp(name, self._root_fd, seen)
         return missing
+
+    def _is_stored(self, digest: Digest) -> bool:
+        """Whether the blob's file is as long as it must be; counts as a use. Raises FileNotFoundError."""
+        name = blob_name(digest)
+        seen = os.stat(name, dir_fd=self._root_fd)
+        if seen.st_size != digest.size_bytes:
+            log.error("blob.damaged", digest=str(digest), found_bytes=seen.st_size)
+            return False
+        renew_stamp(name, self._root_fd, seen)
+        return True
 
     def _open(self, digest: Digest) -> int:
         """Open a blob for reading; a file of another length than its name says is damaged, hence not there."""
@@ -159,25 +161,37 @@ class FilesystemBlobStore:
                 os.close(fd)
                 log.error("blob.damaged", digest=str(digest), found_bytes=seen.st_size)
                 raise BlobNotFound(digest)
-            renew_stamp(name, self._root_fd, seen)
+            with contextlib.suppress(OSError):  # evicted just now: it is open, so it can still be read
+                renew_stamp(name, self._root_fd, seen)
             return fd
+
+    def _whole_file(self, digest: Digest) -> str:
+        """Return the name of the blob's file; one of another length than its name says is not there."""
+        with storage_errors(f"look up blob {digest}"):
+            try:
+                if self._is_stored(digest):
+                    return blob_name(digest)
+            except FileNotFoundError:
+                pass
+        raise BlobNotFound(digest)
 
     def _executable_variant(self, digest: Digest) -> str:
         """Return the name of the blob's executable file, made on first use."""
-        name = blob_name(digest) + ".x"
-        try:
-            if os.stat(name, dir_fd=self._root_fd).st_size == digest.size_bytes:
-                return name
-        except FileNotFoundError:
-            pass
-        fd = self._open(digest)
-        temp = TempFile(self._root_fd)
-        try:
-            _copy(fd, temp.fd, digest.size_bytes)
-            temp.publish(name, digest.size_bytes, 0o555)
-        finally:
-            temp.close()
-            os.close(fd)
+        name = self._whole_file(digest) + ".x"
+        with storage_errors(f"make an executable file of blob {digest}"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(name, dir_fd=self._root_fd).st_size == digest.size_bytes:
+                    return name
+            fd = self._open(digest)
+            try:
+                temp = TempFile(self._root_fd)
+                try:
+                    _copy(fd, temp.fd, digest.size_bytes)
+                    temp.publish(name, digest.size_bytes, 0o555)
+                finally:
+                    temp.close()
+            finally:
+                os.close(fd)
         return name
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
@@ -216,13 +230,19 @@ class _SmallWriter:
 
 
 class _LargeWriter:
-    """An upload hashed and written in a thread, about a CHUNK_BYTES at a time; memory stays bounded by that."""
+    """An upload hashed and written in a thread, about a CHUNK_BYTES at a time; memory stays bounded by that.
+
+    A cancelled upload leaves its thread at work. So the steps take turns, and none follows `close`: it would write
+    to a descriptor that is somebody else's by then.
+    """
 
     def __init__(self, digest: Digest, root_fd: int, executor: Executor) -> None:
         self._digest = digest
         self._root_fd = root_fd
         self._executor = executor
         self._hasher = digest.function.new()
+        self._turn = threading.Lock()
+        self._is_closed = False
         self._temp: TempFile | None = None
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -240,9 +260,9 @@ class _LargeWriter:
         await self._in_thread(self._finish)
 
     async def close(self) -> None:
-        self._pending.clear()
-        if self._temp is not None:
-            self._temp.close()
+        # In a thread, because giving back the blocks of a large file takes its time; shielded, so that it happens.
+        if not self._is_closed:
+            await asyncio.shield(self._in_thread(self._discard))
 
     def _flush(self) -> None:
         data = b"".join(self._pending)
@@ -261,14 +281,19 @@ class _LargeWriter:
         with storage_errors(f"write blob {self._digest}"):
             self._temp.publish(blob_name(self._digest), self._digest.size_bytes, 0o444)
 
-    async def _in_thread(self, function: Callable[[], None]) -> None:
-        # Shielded: were the thread left running while close() drops the file, it would write to a foreign descriptor.
-        job = asyncio.get_running_loop().run_in_executor(self._executor, function)
-        try:
-            await asyncio.shield(job)
-        except asyncio.CancelledError:
-            await asyncio.wait([job])
-            raise
+    def _discard(self) -> None:
+        self._is_closed = True
+        self._pending.clear()
+        if self._temp is not None:
+            self._temp.close()
+
+    async def _in_thread(self, step: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._take_turn, step)
+
+    def _take_turn(self, step: Callable[[], None]) -> None:
+        with self._turn:
+            if not self._is_closed:
+                step()
 
 
 def blob_name(digest: Digest) -> str:

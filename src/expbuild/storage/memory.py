@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import BlobNotFound
 from expbuild.reapi import ActionResult
 from expbuild.storage.base import CHUNK_BYTES, ActionKey, Sharing
-from expbuild.storage.checks import check_content, check_not_longer
+from expbuild.storage.checks import check_hash, check_not_longer
 from expbuild.storage.files import MTIME_NS
 
 
@@ -22,7 +22,7 @@ class MemoryBlobStore:
     async def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         return {digest for digest in digests if not digest.is_empty and digest not in self._blobs}
 
-    async def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncIterator[bytes]:
+    async def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         data = self._get(digest)
         end = len(data) if limit is None else min(len(data), offset + limit)
         for start in range(offset, end, CHUNK_BYTES):
@@ -67,18 +67,19 @@ class _MemoryWriter:
         self._digest = digest
         self._blobs = blobs
         self._chunks: list[bytes] = []
+        self._hasher = digest.function.new()
         self._received = 0
 
     async def write(self, chunk: bytes) -> None:
         self._received += len(chunk)
         check_not_longer(self._digest, self._received)
+        self._hasher.update(chunk)
         self._chunks.append(chunk)
 
     async def commit(self) -> None:
-        data = b"".join(self._chunks)
-        check_content(self._digest, data)
+        check_hash(self._digest, self._received, self._hasher.hexdigest())
         if not self._digest.is_empty:
-            self._blobs[self._digest] = data
+            self._blobs[self._digest] = b"".join(self._chunks)
 
     async def close(self) -> None:
         self._chunks.clear()

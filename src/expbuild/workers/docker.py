@@ -11,9 +11,7 @@ import asyncio
 import errno
 import os
 import posixpath
-import re
-import shutil
-import tempfile
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -30,6 +28,8 @@ from expbuild.platform_properties import WorkerProperties, docker_properties
 from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult
 from expbuild.workers.docker_daemon import Daemon, to_the_end
 from expbuild.workers.docker_image import Image, resolve_image
+from expbuild.workers.docker_program import check_command, not_executed, raise_if_not_executed
+from expbuild.workers.work_dir import lock_work_dir, make_work_dir, remove_tree
 
 WORKSPACE = "/workspace"
 """Where a container sees the input root: the same for every action, so that paths in outputs do not differ."""
@@ -44,10 +44,7 @@ _KILL_GRACE_S = 30.0
 _WRITE_BATCH_BYTES = 1 << 20
 _PROBE = "/.expbuild-no-such-program"
 
-_INIT_COULD_NOT_EXECUTE = re.compile(
-    rb"(?:\[FATAL tini \(\d+\)\] exec (?P<program>.*) failed|exec [^ \n]*/docker-init): (?P<reason>[^\n]*)\n", re.DOTALL
-)
-"""All that is on stderr when init found no program to run, or could not be given the arguments itself."""
+_KILLED = 128 + signal.SIGKILL
 
 log = structlog.get_logger()
 
@@ -55,8 +52,9 @@ log = structlog.get_logger()
 class DockerWorker:
     """One slot that runs each action in a fresh container of the configured image.
 
-    `start` raises WorkerFailed while the daemon cannot be reached or has not got the image; `offline_reason` says why,
-    and calling `start` again is how the worker comes back. It does so for a `run` that raised WorkerFailed, too.
+    `start` raises WorkerFailed while the daemon cannot be reached or has not got the image; `offline_reason` says why
+    ("" when ready), and calling `start` again is how the worker comes back. So it is after a `run` that raised
+    WorkerFailed. The caller logs it.
     """
 
     def __init__(
@@ -86,6 +84,8 @@ class DockerWorker:
         self._heartbeat_s = heartbeat_s
         self._image: Image | None = None
         self._use_init = True
+        self._lock_fd: int | None = None
+        self._is_wiped = False
 
     @property
     def owner(self) -> Owner | None:
@@ -103,29 +103,32 @@ class DockerWorker:
         try:
             self._image = await self._make_ready()
         except WorkerFailed as error:
-            self._go_offline(str(error))
+            self.offline_reason = str(error)
             raise
         self.offline_reason = ""
-        log.info("worker.online", worker=self.name, image=self._config.image, image_id=self._image.id)
+        log.info("image.ready", worker=self.name, image=self._config.image, image_id=self._image.id)
 
     async def run(self, run: Run) -> RunResult:
         """Run the command in a container of its own. (Worker.run)"""
-        _check(run)
+        check_command(run)
         try:
             if self._image is None:
                 raise WorkerFailed(self.offline_reason)
+            if self._daemon.has_leftovers:  # nothing runs beside what could not be removed
+                await self._daemon.remove_leftovers()
             return await self._run(run, self._image)
         except WorkerFailed as error:
-            self._go_offline(str(error))
+            self.offline_reason = str(error)
             raise
-        finally:
-            if self._daemon.has_leftovers and not self.offline_reason:
-                self._go_offline("a container could not be removed")  # nothing runs beside it: `start` removes it
 
     async def close(self) -> None:
         """Remove what may be left and disconnect. Takes no longer than the daemon's time limit."""
         with suppress(WorkerFailed):
             await self._daemon.close()
+        if self._lock_fd is not None:
+            await asyncio.to_thread(remove_tree, self.work_dir)
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     # ---- getting ready ---------------------------------------------------------------------------------------
 
@@ -133,10 +136,8 @@ class DockerWorker:
         for volume in self._config.volumes:
             if str(volume.container_path) in (WORKSPACE, TMPDIR):
                 raise StartupError(f"worker {self.name}: volumes: {volume.container_path} belongs to the action")
-        try:
-            await asyncio.to_thread(self.work_dir.mkdir, mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StartupError(f"worker {self.name}: cannot make {self.work_dir}: {error.strerror}") from error
+        if self._lock_fd is None:
+            self._lock_fd = await asyncio.to_thread(self._lock)
         try:
             await self._daemon.connect()
         except ValueError as error:
@@ -146,9 +147,26 @@ class DockerWorker:
         await self._check_daemon()
         if count := await self._daemon.remove_leftovers():
             log.warning("worker.leftovers_removed", worker=self.name, containers=count)
+        if not self._is_wiped:  # now that nothing is at work in it any more
+            await asyncio.to_thread(self._wipe)
+            self._is_wiped = True
         image = await resolve_image(self._daemon, self._config, self._image, self._pull_timeout_s)
         await self._try_container(image)
         return image
+
+    def _lock(self) -> int:
+        try:
+            make_work_dir(self._config.work_dir, 0o711)
+            return lock_work_dir(self.work_dir)
+        except OSError as error:
+            raise StartupError(f"work_dir {self.work_dir}: {error.strerror or error}") from error
+
+    def _wipe(self) -> None:
+        try:
+            remove_tree(self.work_dir)
+            self.work_dir.mkdir(0o700)
+        except OSError as error:
+            raise StartupError(f"work_dir {self.work_dir}: {error.strerror or error}") from error
 
     async def _check_daemon(self) -> None:
         """Raise WorkerFailed unless the daemon answers and can keep the configured limits."""
@@ -168,12 +186,10 @@ class DockerWorker:
         whether the daemon has an init whose words we understand; without one we do without (a command that is
         process 1 is deaf to signals without a handler: it can neither abort() nor kill itself).
         """
-        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="probe-", dir=self.work_dir))
+        workspace = self.work_dir / "self-test"
+        run = Run((_PROBE,), {}, workspace, "", self._api_timeout_s, workspace / "stdout", workspace / "stderr")
         try:
-            for part in ("root", "tmp"):
-                (directory / part).mkdir()
-                (directory / part).chmod(0o755)
-            run = Run((_PROBE,), {}, directory, "", self._api_timeout_s, directory / "stdout", directory / "stderr")
+            await asyncio.to_thread(_make_workspace, workspace)
             for use_init in (True, False):
                 self._use_init = use_init
                 try:
@@ -181,29 +197,29 @@ class DockerWorker:
                 except InvalidArgument:
                     return
                 except WorkerFailed as error:
-                    if not use_init or "init" not in str(error):
+                    if not use_init or "docker-init" not in str(error):
                         raise
                     log.warning("worker.without_init", worker=self.name, reason=str(error))
                 else:
                     log.warning("worker.without_init", worker=self.name, exit_code=result.exit_code)
             raise WorkerFailed("the Docker daemon does not report programs that do not exist")
         finally:
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            await asyncio.to_thread(remove_tree, workspace)
 
     # ---- one run ---------------------------------------------------------------------------------------------
 
     async def _run(self, run: Run, image: Image) -> RunResult:
         try:
             container = await self._daemon.create(self._container_config(run, image))
-            return await self._run_in(container, run)
+            return await self._run_in(container, run, image)
         finally:
             await self._daemon.remove_created()
 
-    async def _run_in(self, container: DockerContainer, run: Run) -> RunResult:
+    async def _run_in(self, container: DockerContainer, run: Run, image: Image) -> RunResult:
         expired = asyncio.Event()
         failure: Exception | None = None
         async with self._attached(container) as stream:
-            await self._start_container(container, run)
+            await self._start_container(container, run, image)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     guards = [tasks.create_task(self._watch(container))]
@@ -221,26 +237,27 @@ class DockerWorker:
         async with self._daemon.call("inspect the container"):
             state = (await container.show())["State"]
         if expired.is_set():
-            return RunResult(exit_code=state["ExitCode"], timed_out=True)
-        if state["ExitCode"] != 0 and self._use_init:
-            await asyncio.to_thread(_raise_if_not_executed, run)
-        return RunResult(exit_code=state["ExitCode"], message=self._out_of_memory() if state["OOMKilled"] else "")
+            return RunResult(state["ExitCode"], timed_out=True, message=f"timed out after {run.timeout_s:g} s")
+        if state["OOMKilled"]:
+            return RunResult(state["ExitCode"], message=self._out_of_memory())
+        if state["ExitCode"] == _KILLED and await self._daemon.has_killed(container, state):
+            raise WorkerFailed("the container was killed from outside, or the Docker daemon is shutting down")
+        if state["ExitCode"] in (1, 126, 127):
+            await asyncio.to_thread(raise_if_not_executed, run, self._environment(run, image)["PATH"])
+        return RunResult(state["ExitCode"])
 
     def _out_of_memory(self) -> str:
         limit = self._config.memory_limit
         return "out of memory" if limit is None else f"out of memory: the limit is {limit} bytes"
 
-    async def _start_container(self, container: DockerContainer, run: Run) -> None:
+    async def _start_container(self, container: DockerContainer, run: Run, image: Image) -> None:
         async with self._daemon.call("start the container"):
             try:
                 await container.start()
             except DockerError as error:
-                program = run.arguments[0]
-                if "argument list too long" in error.message:
-                    raise _not_executed(program, "arguments and environment are too long") from error
                 if not self._use_init and 'exec: "' in error.message:
                     reason = error.message.rpartition('": ')[2].removesuffix(": unknown")
-                    raise _not_executed(program, reason) from error
+                    raise not_executed(run, self._environment(run, image)["PATH"], reason) from error
                 raise
 
     async def _kill_after(self, timeout_s: float, container: DockerContainer, expired: asyncio.Event) -> None:
@@ -295,16 +312,18 @@ class DockerWorker:
                     batch, size_bytes = [], 0
         await to_the_end(asyncio.to_thread(_append_output, run, batch))
 
+    def _environment(self, run: Run, image: Image) -> dict[str, str]:
+        """What we set; the image's own variables lie below."""
+        return {"PATH": image.path or DEFAULT_PATH, "TMPDIR": TMPDIR, **run.environment}
+
     def _container_config(self, run: Run, image: Image) -> dict[str, Any]:
-        environment = {"TMPDIR": TMPDIR, **run.environment}
-        if "PATH" not in image.variables:
-            environment = {"PATH": DEFAULT_PATH, **environment}
         return {
             "Image": image.id,
             "Entrypoint": list(run.arguments),  # not Cmd: the image's own entry point would come before it
             "Cmd": [],
-            "Env": [f"{name}={value}" for name, value in environment.items()],
+            "Env": [f"{name}={value}" for name, value in self._environment(run, image).items()],
             "WorkingDir": posixpath.join(WORKSPACE, run.working_directory),
+            "StopSignal": "SIGKILL",  # whoever ends it early leaves no result that could pass for one
             "User": f"{image.uid}:{image.gid}",
             # Constant, as it is part of the environment. Without a network only "localhost" resolves.
             "Hostname": "localhost" if self._config.network_mode == "none" else "expbuild",
@@ -338,38 +357,12 @@ class DockerWorker:
             **limits,
         }
 
-    def _go_offline(self, reason: str) -> None:
-        if reason != self.offline_reason:
-            log.warning("worker.offline", worker=self.name, reason=reason)
-        self.offline_reason = reason
 
-
-def _check(run: Run) -> None:
-    """Raise InvalidArgument for a command no container can be given."""
-    if not run.arguments[0]:
-        raise InvalidArgument("the first argument, the program, is empty")
-    for name in run.environment:
-        if not name or "=" in name:
-            raise InvalidArgument(f"not the name of an environment variable: {name[:200]!r}")
-    if any("\0" in text for text in (*run.arguments, *run.environment, *run.environment.values())):
-        raise InvalidArgument("an argument or a variable of the environment contains a NUL character")
-
-
-def _not_executed(program: str, reason: str) -> InvalidArgument:
-    return InvalidArgument(f"cannot execute {program[:200]!r}: {reason}")
-
-
-def _raise_if_not_executed(run: Run) -> None:
-    """Raise InvalidArgument when init reported that there was nothing to execute.
-
-    Under an init the daemon does not notice. A command could imitate the report; it would only spoil its own failure.
-    """
-    program = run.arguments[0].encode()
-    if run.stdout.stat().st_size or run.stderr.stat().st_size > len(program) + 200:
-        return
-    match = _INIT_COULD_NOT_EXECUTE.fullmatch(run.stderr.read_bytes())
-    if match is not None and match["program"] in (None, program):
-        raise _not_executed(run.arguments[0], match["reason"].decode("utf-8", "replace"))
+def _make_workspace(path: Path) -> None:
+    remove_tree(path)
+    path.mkdir(0o711)
+    for name in ("root", "tmp"):
+        (path / name).mkdir(0o755)
 
 
 def _append_output(run: Run, messages: Sequence[Message]) -> None:

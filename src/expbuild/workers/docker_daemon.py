@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
 from typing import Any, TypeVar
 
 import aiodocker
@@ -127,6 +128,21 @@ class Daemon:
             await self._remove(container)
         self._containers.clear()
         return len(found)
+
+    async def has_killed(self, container: DockerContainer, state: Mapping[str, Any]) -> bool:
+        """Whether the daemon sent the ended container a signal: because somebody told it to, or it is shutting down.
+
+        state: the container's, as inspected after its end.
+        """
+        # The event may be written down a moment after the end it has caused. Were there no upper limit, the daemon
+        # would go on reporting events for ever.
+        since, until = (datetime.fromisoformat(state[key]).timestamp() for key in ("StartedAt", "FinishedAt"))
+        filters = json.dumps({"container": [container.id], "event": ["kill"]})
+        events = self.client.events
+        found = events.subscribe(create_task=False)  # type: ignore[no-untyped-call]  # aiodocker has no types here
+        async with self.call("list its events"):
+            await events.run(since=f"{since:.6f}", until=f"{until + 0.5:.6f}", filters=filters)
+        return await found.get() is not None  # None marks the end of the list
 
     async def _remove(self, container: DockerContainer) -> None:
         async with self.call("remove a container"):

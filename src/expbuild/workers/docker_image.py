@@ -22,13 +22,13 @@ log = structlog.get_logger()
 class Image:
     """The image as it was when the worker started; what runs is this id, wherever its tag has moved since.
 
-    uid, gid: whom commands run as. variables: the names of the environment variables the image sets.
+    uid, gid: whom commands run as. path: the PATH the image sets, "" when it sets none.
     """
 
     id: str
     uid: int
     gid: int
-    variables: frozenset[str]
+    path: str
 
 
 async def resolve_image(
@@ -51,7 +51,8 @@ async def resolve_image(
     settings = found.get("Config") or {}
     user = config.user or settings.get("User") or ""
     uid, gid = await _resolve_user(daemon, found["Id"], user)
-    return Image(found["Id"], uid, gid, frozenset(entry.partition("=")[0] for entry in settings.get("Env") or ()))
+    variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
+    return Image(found["Id"], uid, gid, variables.get("PATH", ""))
 
 
 async def _inspect(daemon: Daemon, reference: str) -> dict[str, Any] | None:

@@ -16,12 +16,14 @@ from expbuild.config import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
 from expbuild.platform_properties import WorkerProperties, host_properties
 from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult
-from expbuild.workers.identity import resolve_owner
+from expbuild.workers.identity import SLOT_IDS, resolve_owner
 from expbuild.workers.sandbox import TMPDIR, Sandbox, refusal
 from expbuild.workers.seqpacket import memory_file
 from expbuild.workers.spawner_client import BadWorkingDirectory, CannotExecute, Ended, Spawn, Spawner, SpawnResult
 from expbuild.workers.work_dir import lock_work_dir, make_work_dir, remove_tree
 
+_MAX_PROCESSES = 4096
+"""Processes and threads of an action, where the slot has a user of its own to count them by."""
 _SELF_TEST_S = 60.0
 _SELF_TEST = """
 cd "$TMPDIR" && : > self-test || exit
@@ -96,6 +98,7 @@ class HostWorker:
                 working_directory=run.working_directory,
                 timeout_s=run.timeout_s,
                 owner=self._owner,
+                max_processes=_MAX_PROCESSES if self._owner is not None and self._owner.uid in SLOT_IDS else None,
             )
             result = await (self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn))
         return _to_run_result(run, environment["PATH"], result)

@@ -90,7 +90,7 @@ class Sandbox:
         """
         options = [*self._system]
         options += ["--bind", str(run.workspace / "tmp"), TMPDIR, "--bind", str(run.workspace / "root"), INPUT_ROOT]
-        options += ["--remount-ro", "/", "--chdir", f"{INPUT_ROOT}/{run.working_directory}", "--clearenv"]
+        options += ["--remount-ro", "/", "--chdir", f"{INPUT_ROOT}/{run.working_directory}".rstrip("/"), "--clearenv"]
         for name, value in environment.items():
             options += ["--setenv", name, value]
         arguments = (self._program, "--args", str(OPTIONS_FD), "--json-status-fd", str(STATUS_FD), "--", *run.arguments)

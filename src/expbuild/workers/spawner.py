@@ -40,8 +40,11 @@ _MAX_FDS = 16
 PATIENCE_S = 10.0
 """How long to try to kill what does not die (uninterruptible sleep) before saying so."""
 _TEXT_BUSY_RETRIES = 6
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-"""Ignored by the spawner and the reapers: they are sent to whole services; our end is the end of the socket."""
+_BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Not for the spawner and the reapers: they are sent to whole services; our end is the end of the socket.
+
+Blocked rather than ignored, so that what is sent to a command before it has become one is not lost.
+"""
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 _SYS_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4  # the same number on every architecture
 
@@ -155,7 +158,7 @@ def _become_command(spec: Mapping[str, Any], files: Files, error_fd: int) -> NoR
         )
         for target, fd in enumerate((files.stdout, files.stderr, *extra), start=1):
             os.dup2(fd, target)
-        _reset_process()
+        _reset_process(spec["max_processes"])
         _take_identity(spec["uid"], spec["gid"])
         _enter_directory(root, spec["cwd"])
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -171,14 +174,15 @@ def _become_command(spec: Mapping[str, Any], files: Files, error_fd: int) -> NoR
     os._exit(127)
 
 
-def _reset_process() -> None:
+def _reset_process(max_processes: int | None) -> None:
     """A session of its own, and nothing inherited from how the server was started."""
     os.setsid()
-    for number in _IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if max_processes is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (max_processes, max_processes))
 
 
 def _take_identity(uid: int | None, gid: int | None) -> None:
@@ -268,8 +272,8 @@ class Reaper:
 
     def run(self) -> None:
         """Run the command to its end and report it. Returns when nothing of it is left."""
-        with open(self._files.spec, "rb") as file:
-            spec = {**json.load(file), "reaper": os.getpid()}
+        spec = json.loads(os.pread(self._files.spec, os.fstat(self._files.spec).st_size, 0))
+        spec["reaper"] = os.getpid()
         os.setsid()
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._report({"kind": "started"})
@@ -483,12 +487,14 @@ class Spawner:
                 except ChildProcessError:
                     continue
             select.select([self._watch.fd], [], [], 0.02)
+            self._watch.clear()  # whoever it was for: our caller goes on reaping
 
 
 def main() -> None:
     """Serve the socket whose descriptor is the only argument."""
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_IGN if number in _IGNORED_SIGNALS else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _BLOCKED_SIGNALS)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+        signal.signal(number, signal.SIG_DFL)
     server = socket.socket(fileno=int(sys.argv[1]))
     server.set_inheritable(False)
     _prctl(_PR_SET_DUMPABLE, 0)  # actions of the same user cannot look into us

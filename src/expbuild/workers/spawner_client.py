@@ -39,6 +39,7 @@ class Spawn:
     closes them; the extra ones are 3, 4, ... in the command. working_directory: relative to `root`, no component of
     it a symbolic link. owner: whom to run as; None for our own user. kill_grace_s: between SIGTERM and SIGKILL at the
     deadline. spare_leader: SIGTERM goes to the process group without its leader, a wrapper.
+    max_processes: how many the owner may have, whoever started them; for an owner that has no other runs.
     """
 
     arguments: tuple[str, ...]
@@ -52,6 +53,7 @@ class Spawn:
     kill_grace_s: float = 2.0
     extra: tuple[int, ...] = ()
     spare_leader: bool = False
+    max_processes: int | None = None
 
     def to_spec(self) -> bytes:
         """Return what the reaper reads."""
@@ -66,6 +68,7 @@ class Spawn:
                 "kill_grace_s": self.kill_grace_s,
                 "cancel_grace_s": CANCEL_GRACE_S,
                 "spare_leader": self.spare_leader,
+                "max_processes": self.max_processes,
             }
         ).encode()
 
