@@ -11,7 +11,6 @@ import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,9 +25,10 @@ from expbuild.api.execution import ExecutionService
 from expbuild.api.instances import Instances
 from expbuild.api.resource_names import ResourceNames
 from expbuild.api.rpc import instrumented
+from expbuild.api.transport import create_server
 from expbuild.config import Config
 from expbuild.digest import DigestFunctions
-from expbuild.errors import ExpbuildError, StartupError
+from expbuild.errors import ExpbuildError
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.manager import ExecutionManager, ManagerPolicy
 from expbuild.execution.pool import WorkerPool
@@ -39,22 +39,7 @@ from expbuild.workers.factory import Workers
 
 log = structlog.get_logger()
 
-MAX_MESSAGE_BYTES = 16 << 20
 STOP_GRACE_S = 5.0
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", -1),
-    # Clients ping idle connections, some every 10 s; by default the library ends such connections.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    # Bazel and Buck2 open 100 streams on a connection before they open another.
-    ("grpc.max_concurrent_streams", 1000),
-    ("grpc.max_metadata_size", 64 << 10),
-    # Two servers on one port would take turns at answering.
-    ("grpc.so_reuseport", 0),
-]
 
 
 async def serve(config: Config) -> None:
@@ -117,7 +102,7 @@ class _Servicers:
     """The services of this server, registered as they are added."""
 
     def __init__(self, config: Config, blobs: BlobStore, action_cache: ActionCache, functions: DigestFunctions) -> None:
-        self.server = grpc.aio.server(options=_OPTIONS)
+        self.server = create_server(config.server.transport)
         self.names: list[str] = []
         self.health = health.aio.HealthServicer()
         self._blobs = blobs
@@ -148,8 +133,10 @@ class _Servicers:
 
     def complete(self) -> None:
         """Add what speaks about the services: health and reflection."""
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        reflection.enable_server_reflection((*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server.handlers)
+        reflection.enable_server_reflection(
+            (*self.names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server.handlers
+        )
 
     async def set_health(self, status: int) -> None:
         """Say how the server and each of its services are (HealthCheckResponse.ServingStatus)."""
@@ -159,7 +146,7 @@ class _Servicers:
     def _add(self, service: str, servicer: object) -> None:
         descriptor = next(d for d in reapi.SERVICE_DESCRIPTORS if d.name == service)
         register = getattr(reapi, f"add_{service}Servicer_to_server")
-        register(instrumented(servicer, descriptor), self.server)
+        register(instrumented(servicer, descriptor), self.server.handlers)
         self.names.append(descriptor.full_name)
 
 
@@ -169,13 +156,7 @@ async def _listen(
     """Serve until told to stop; then refuse what is new, end what runs, and let answers get out."""
     servicers.complete()
     server = servicers.server
-    try:
-        port = server.add_insecure_port(config.server.address)
-    except RuntimeError as error:
-        raise StartupError(
-            f"server.address: cannot listen on {config.server.address}: is another server running there, or the "
-            "address not one of this machine?"
-        ) from error
+    port = server.bind(config.server.address)
     if not _is_loopback(config.server.host):
         log.warning(
             "server.exposed",
