@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-full lint format clean
+.PHONY: help serve test test-full test-transports lint format clean
 
 help:
 	@echo "make serve      install into $(VENV) and serve on 127.0.0.1:8980; ARGS=\"--config FILE\" for another configuration"
 	@echo "make test       what CI runs: ruff, mypy, pytest; PYTEST_ARGS=\"tests/test_config.py\" for less"
 	@echo "make test-full  the same with the longer runs"
+	@echo "make test-transports  what talks to a server over the wire, on each transport in turn"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     put the code into its format"
 	@echo "make clean      remove $(VENV) and everything that was built"
@@ -29,6 +30,13 @@ test: lint $(VENV)/.test-deps
 
 test-full: lint $(VENV)/.test-deps
 	EXPBUILD_TEST_FULL=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every server these start takes the transport from the variable (tests/support/server.py).
+test-transports: $(VENV)/.test-deps
+	for transport in grpcio native; do \
+		EXPBUILD_TEST_TRANSPORT=$$transport $(BIN)/python -m pytest $(wildcard tests/api tests/execution_api tests/bazel) \
+			$(PYTEST_ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

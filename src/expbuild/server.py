@@ -11,7 +11,6 @@ import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
@@ -27,9 +26,10 @@ from expbuild.api.health import HealthService
 from expbuild.api.instances import Instances
 from expbuild.api.resource_names import ResourceNames
 from expbuild.api.rpc import register
+from expbuild.api.transport import create_server
 from expbuild.config import Config
 from expbuild.digest import DigestFunctions
-from expbuild.errors import ExpbuildError, StartupError
+from expbuild.errors import ExpbuildError
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.manager import ExecutionManager, ManagerPolicy
 from expbuild.execution.pool import WorkerPool
@@ -40,22 +40,7 @@ from expbuild.workers.factory import Workers
 
 log = structlog.get_logger()
 
-MAX_MESSAGE_BYTES = 16 << 20
 STOP_GRACE_S = 5.0
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", -1),
-    # Clients ping idle connections, some every 10 s; by default the library ends such connections.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    # Bazel and Buck2 open 100 streams on a connection before they open another.
-    ("grpc.max_concurrent_streams", 1000),
-    ("grpc.max_metadata_size", 64 << 10),
-    # Two servers on one port would take turns at answering.
-    ("grpc.so_reuseport", 0),
-]
 
 
 async def serve(config: Config) -> None:
@@ -118,7 +103,7 @@ class _Servicers:
     """The services of this server, registered as they are added."""
 
     def __init__(self, config: Config, blobs: BlobStore, action_cache: ActionCache, functions: DigestFunctions) -> None:
-        self.server = grpc.aio.server(options=_OPTIONS)
+        self.server = create_server(config.server.transport)
         self.names: list[str] = []
         self.health = HealthService()
         self._blobs = blobs
@@ -150,14 +135,14 @@ class _Servicers:
     def complete(self) -> None:
         """Add what speaks about the services: health and reflection."""
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
-        register(health_pb2_grpc.add_HealthServicer_to_server, self.health, health, self.server)
+        register(health_pb2_grpc.add_HealthServicer_to_server, self.health, health, self.server.handlers)
         about = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
         servicer = reflection.aio.ReflectionServicer((*self.names, health.full_name, about.full_name))
-        register(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer, about, self.server)
+        register(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer, about, self.server.handlers)
 
     def _add(self, service: str, servicer: object) -> None:
         descriptor = next(d for d in reapi.SERVICE_DESCRIPTORS if d.name == service)
-        register(getattr(reapi, f"add_{service}Servicer_to_server"), servicer, descriptor, self.server)
+        register(getattr(reapi, f"add_{service}Servicer_to_server"), servicer, descriptor, self.server.handlers)
         self.names.append(descriptor.full_name)
 
 
@@ -167,13 +152,7 @@ async def _listen(
     """Serve until told to stop; then refuse what is new, end what runs, and let answers get out."""
     servicers.complete()
     server = servicers.server
-    try:
-        port = server.add_insecure_port(config.server.address)
-    except RuntimeError as error:
-        raise StartupError(
-            f"server.address: cannot listen on {config.server.address}: is another server running there, or the "
-            "address not one of this machine?"
-        ) from error
+    port = server.bind(config.server.address)
     if not _is_loopback(config.server.host):
         log.warning(
             "server.exposed",

@@ -19,6 +19,9 @@ from tests.support.processes import ProcessStat, process_tree, read_stat
 Config = dict[str, Any]
 """A configuration as the TOML file has it: tables are dicts, arrays of tables lists of dicts."""
 
+TRANSPORT = os.environ.get("EXPBUILD_TEST_TRANSPORT")
+"""The `server.transport` of every server whose configuration names none: a whole suite runs on the one or the other."""
+
 _POLL_S = 0.02
 _LOG_TAIL_CHARS = 20_000
 
@@ -65,6 +68,8 @@ class ReServer:
         start_timeout_s: float = 30,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        if TRANSPORT is not None:
+            config = {**config, "server": {"transport": TRANSPORT, **config.get("server", {})}}
         self._config_file = directory / "expbuild.toml"
         self._config_file.write_text(to_toml(config))
         self._log_file = directory / "re-server.log"

@@ -43,9 +43,11 @@ class FilesystemActionCache:
                 fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._root_fd)
             except FileNotFoundError:
                 return None
-            with os.fdopen(fd, "rb") as file:
-                data = file.read()
+            try:  # without a file object, which costs three more system calls
                 seen = os.fstat(fd)
+                data = os.read(fd, seen.st_size)
+            finally:
+                os.close(fd)
         result = _unwrap(data)
         if result is None:
             log.error("action_result.damaged", action_digest=str(key.action_digest), found_bytes=len(data))
