@@ -29,9 +29,9 @@ from expbuild.reapi import (
     OutputFile,
     ReadRequest,
     UpdateActionResultRequest,
-    WriteRequest,
 )
 from tests.clients.actions import Blobs, output_files, prepare, shell
+from tests.clients.connection import write_requests
 from tests.support.clients import require_client
 from tests.support.files import scratch_directory
 from tests.support.server import ReServer, host_server, wait_until
@@ -67,7 +67,8 @@ async def test_cache_round_trip_through_two_proxies(scratch: Path, re_server: Re
         missing = await cas.FindMissingBlobs(FindMissingBlobsRequest(blob_digests=blobs.digests()))
         assert len(missing.missing_blob_digests) == len(blobs.content)
         await _update(cas, blobs)
-        written = await ByteStreamStub(first).Write(_chunks(large_digest, large))
+        name = f"uploads/one-for-all/blobs/{large_digest.hash}/{len(large)}"
+        written = await ByteStreamStub(first).Write(write_requests(name, large, _CHUNK_BYTES))
         assert written.committed_size == len(large)
         update = UpdateActionResultRequest(action_digest=action_digest, action_result=result)
         await ActionCacheStub(first).UpdateActionResult(update)
@@ -138,11 +139,3 @@ async def _update(cas: ContentAddressableStorageStub, blobs: Blobs) -> None:
         request.requests.add(digest=digest, data=blobs.content[digest.hash])
     batch = await cas.BatchUpdateBlobs(request)
     assert {entry.status.code for entry in batch.responses} == {0}
-
-
-def _chunks(digest: DigestMessage, data: bytes) -> Iterator[WriteRequest]:
-    name = f"uploads/one-for-all/blobs/{digest.hash}/{digest.size_bytes}"
-    for offset in range(0, len(data), _CHUNK_BYTES):
-        chunk = data[offset : offset + _CHUNK_BYTES]
-        is_last = offset + len(chunk) == len(data)
-        yield WriteRequest(resource_name=name, write_offset=offset, data=chunk, finish_write=is_last)
