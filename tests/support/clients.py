@@ -42,7 +42,8 @@ def require_client(name: str) -> Path:
     directory = clients_directory() / name
     missing = clients_directory() / f"{name}.missing"
     if missing.exists():
-        pytest.skip(f"NOT TESTED: client {name} could not be installed: {missing.read_text().strip()}")
+        reason = missing.read_text().strip()
+        pytest.skip(f"NOT TESTED: client {name} could not be installed (tests/install-clients tries again): {reason}")
     if not directory.is_dir():
         pytest.skip(f"NOT TESTED: client {name} is not installed: run tests/install-clients")
     return directory
