@@ -1,4 +1,4 @@
-"""Running Bazel 4 so that neither the machine's configuration nor an earlier run can change the outcome."""
+"""Running Bazel so that neither the machine's configuration nor an earlier run can change the outcome."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.bazel.releases import Release, debian_release
 from tests.bazel.workspace import Workspace
-
-# Debian's package keeps Bazel's own files here instead of inside the executable. /etc/bazel/bazelrc says so, which is
-# exactly what --nosystem_rc keeps Bazel from reading.
-_DEBIAN_INSTALL_BASE = Path("/usr/share/bazel")
 
 _SUMMARY = re.compile(r"^INFO: (\d+) process(?:es)?(?:: (.*))?\.$", re.MULTILINE)
 _ELAPSED = re.compile(r"^INFO: Elapsed time: ([\d.]+)s", re.MULTILINE)
@@ -59,11 +56,22 @@ class Bazel:
 
     `directory` takes everything Bazel writes and need not exist; a new directory is an empty output base.
     With `batch` every command is one JVM, our direct child. Otherwise a Bazel server lives from the first command to
-    `close`, and at most a minute longer should that never be called.
+    `close`, and at most a minute longer should that never be called. `release` is by default the one on PATH.
     """
 
-    def __init__(self, workspace: Workspace, directory: Path, *, batch: bool = True, heap_mb: int = 1024) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        directory: Path,
+        *,
+        release: Release | None = None,
+        startup_options: Sequence[str] = (),
+        batch: bool = True,
+        heap_mb: int = 1024,
+    ) -> None:
         self.workspace = workspace
+        self._release = debian_release() if release is None else release
+        self._extra_startup_options = tuple(startup_options)
         self._directory = directory
         self._output_base = directory / "base"
         self._batch = batch
@@ -89,7 +97,7 @@ class Bazel:
 
         Raises TimeoutError with what Bazel said so far, after killing it.
         """
-        argv = ["bazel", *self._startup_options(), command]
+        argv = [*self._release.command, *self._startup_options(), command]
         if command in ("build", "test"):
             argv += self._build_options()
         argv += args
@@ -97,7 +105,7 @@ class Bazel:
         process = subprocess.Popen(
             argv,
             cwd=self.workspace.root,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(self._directory / "home"), "LC_ALL": "C.UTF-8"},
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -134,8 +142,14 @@ class Bazel:
     ) -> None:
         self.close()
 
+    def _environment(self) -> dict[str, str]:
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self._directory / "home"), "LC_ALL": "C.UTF-8"}
+        if not self._release.blocks_downloads:
+            environment |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        return environment
+
     def _startup_options(self) -> list[str]:
-        options = [
+        return [
             f"--output_base={self._output_base}",
             f"--output_user_root={self._directory / 'user-root'}",
             "--nosystem_rc",
@@ -147,16 +161,16 @@ class Bazel:
             "--host_jvm_args=-XX:TieredStopAtLevel=1",
             "--max_idle_secs=60",
             "--batch" if self._batch else "--nobatch",
+            *self._release.startup_options,
+            *self._extra_startup_options,
         ]
-        if (_DEBIAN_INSTALL_BASE / "install_base_key").exists():
-            options += [f"--install_base={_DEBIAN_INSTALL_BASE}", "--trust_install_base"]
-        return options
 
     def _build_options(self) -> list[str]:
+        repositories = {**self.workspace.repositories, **self._release.repositories}
         return [
-            *(f"--override_repository={name}={path}" for name, path in self.workspace.repositories.items()),
-            f"--experimental_downloader_config={self._no_downloads}",
-            "--host_javabase=@local_jdk//:jdk",
+            *self._release.build_options,
+            *(f"--override_repository={name}={path}" for name, path in repositories.items()),
+            *([f"--experimental_downloader_config={self._no_downloads}"] if self._release.blocks_downloads else []),
             "--incompatible_strict_action_env",
             # Outside the workspace, where `//...` would take another output base's tree for packages.
             f"--symlink_prefix={self._directory / 'bazel-'}",
@@ -182,7 +196,7 @@ class Bazel:
 
 
 def remote_flags(address: str, *, jobs: int = 16) -> tuple[str, ...]:
-    """The options that make Bazel 4 run every action on the server at `address`, and never on this machine.
+    """The options that make Bazel run every action on the server at `address`, and never on this machine.
 
     With the executor alone an action that cannot run remotely would quietly run here: Bazel's default is a list of
     strategies. A list of one makes that an error, and `--noremote_local_fallback` does it for remote failures.

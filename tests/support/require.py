@@ -8,6 +8,9 @@ from typing import NoReturn
 
 import pytest
 
+only_in_full_runs = pytest.mark.skipif(os.environ.get("EXPBUILD_TEST_FULL") != "1", reason="only in `make test-full`")
+"""Marks a test that takes long and is for the thorough: what it shows, a shorter one shows in part."""
+
 
 def require_tool(name: str) -> str:
     """Return the path of the program `name`; without it do what `unavailable` does."""

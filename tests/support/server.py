@@ -56,6 +56,7 @@ class ReServer:
     """A running server, started from a configuration and ended with the context.
 
     `directory` takes the configuration file and the log; a second server on it appends to the log of the first.
+    `python` is the command that is given `-m expbuild`, for one that lives in another root.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ReServer:
         config: Config,
         *,
         args: Sequence[str] = (),
+        python: Sequence[str] = (sys.executable,),
         env: Mapping[str, str] | None = None,
         start_timeout_s: float = 30,
     ) -> None:
@@ -74,6 +76,7 @@ class ReServer:
         self._config_file.write_text(to_toml(config))
         self._log_file = directory / "re-server.log"
         self._args = tuple(args)
+        self._python = tuple(python)
         self._env = {**os.environ, **(env or {})}
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -96,7 +99,7 @@ class ReServer:
         with self._log_file.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "expbuild", "--config", str(self._config_file), *self._args],
+                [*self._python, "-m", "expbuild", "--config", str(self._config_file), *self._args],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
