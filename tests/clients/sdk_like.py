@@ -36,15 +36,7 @@ _FIND_MISSING_DIGESTS = 10_000
 _BATCH_BLOBS = 4_000
 _CHUNK_BYTES = 1 << 20
 _TRIES = 6
-_TRANSIENT = {
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-}
+_TRANSIENT = ("CANCELLED", "UNKNOWN", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNAVAILABLE", "RESOURCE_EXHAUSTED")
 PLATFORM = {"OSFamily": "Linux", "reproxy-version": "0.195", "cache-silo": "a-silo"}
 """What reclient adds to an action's platform by itself."""
 
@@ -134,7 +126,7 @@ class SdkLike(Connection):
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND and name:
                     name = ""
-                elif error.code() not in _TRANSIENT:
+                elif error.code().name not in _TRANSIENT:
                     raise
             if name:
                 stream = self.execution.WaitExecution(WaitExecutionRequest(name=name), metadata=self.metadata)
