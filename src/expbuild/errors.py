@@ -165,9 +165,18 @@ class ActionTimedOut(ExpbuildError):
 
 
 class ExecutionCancelled(ExpbuildError):
-    """The execution was cancelled: by its client, or because nobody watched it any more."""
+    """The execution was cancelled by its client."""
 
     code = Code.CANCELLED
+
+    def __init__(self) -> None:
+        super().__init__("the operation was cancelled by its client")
+
+
+class ExecutionAbandoned(ExpbuildError):
+    """The execution was stopped because nobody watched it any more. Who comes back all the same starts it again."""
+
+    code = Code.ABORTED
 
 
 class WorkerFailed(ExpbuildError):

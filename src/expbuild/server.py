@@ -24,6 +24,7 @@ from expbuild.api.compression import Compressor
 from expbuild.api.execution import ExecutionService
 from expbuild.api.health import HealthService
 from expbuild.api.instances import Instances
+from expbuild.api.operations import OperationsService
 from expbuild.api.resource_names import ResourceNames
 from expbuild.api.rpc import register
 from expbuild.api.transport import create_server
@@ -129,8 +130,9 @@ class _Servicers:
         )
 
     def add_execution(self, manager: ExecutionManager) -> None:
-        """Serve Execution too."""
+        """Serve Execution, and the operations it makes."""
         self._add("Execution", ExecutionService(manager, self._blobs, self._functions, self._instances))
+        self._add("Operations", OperationsService(manager, self._blobs))
 
     def complete(self) -> None:
         """Add what speaks about the services: health and reflection."""

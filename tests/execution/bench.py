@@ -12,7 +12,8 @@ from typing import Any
 
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.execution import Outcome
-from expbuild.execution.manager import ExecuteCall, ExecutionManager, ManagerPolicy, Operation
+from expbuild.execution.manager import ExecuteCall, ExecutionManager, ManagerPolicy
+from expbuild.execution.operations import Operation
 from expbuild.execution.pool import WorkerPool
 from expbuild.execution.runner import ActionRunner
 from expbuild.platform_properties import WorkerProperties

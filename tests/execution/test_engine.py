@@ -20,7 +20,7 @@ from expbuild.errors import (
     WorkerFailed,
     WorkerFull,
 )
-from expbuild.execution import manager as manager_module
+from expbuild.execution import operations as operations_module
 from expbuild.execution import pool as pool_module
 from expbuild.execution.execution import Outcome, Stage
 from expbuild.execution.manager import ExecuteCall
@@ -361,7 +361,7 @@ async def test_the_oldest_finished_operations_go_when_there_are_too_many(
     root: Path, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bound on memory; their clients start over, and find the cache."""
-    monkeypatch.setattr(manager_module, "MAX_FINISHED", 3)
+    monkeypatch.setattr(operations_module, "MAX_FINISHED", 3)
     async with open_bench(root, [worker]) as bench:
         action = shell("x")
         task = await bench.submit(action)

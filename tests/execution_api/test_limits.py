@@ -117,11 +117,11 @@ async def test_EXE_27_an_abandoned_execution_is_ended_after_the_grace(
     stream = await small.start(action)
     await eventually(lambda: pid_file.exists() and pid_file.read_text(), "the action runs")
     pid = int(pid_file.read_text())
-    ended = len(_cancelled(small_server))
+    ended = len(_abandoned(small_server))
     stream.drop()
     await eventually(lambda: (stat := read_stat(pid)) is None or not stat.is_alive(), "the action is dead")
     assert (await small.execute(shell("true"))).result.exit_code == 0
-    assert len(_cancelled(small_server)) == ended + 1
+    assert len(_abandoned(small_server)) == ended + 1
 
 
 async def test_EXE_27_a_queued_execution_is_abandoned_too(small: Client, effects: SideEffects) -> None:
@@ -166,12 +166,12 @@ async def test_EXE_27_coming_back_within_the_grace_keeps_it_alive(
     again = small.wait(name)
     assert metadata_of(await again.first()).stage == ExecutionStage.EXECUTING
     # The grace of one abandoned later runs out later; when that one is ended, ours would have been.
-    ended = len(_cancelled(small_server))
+    ended = len(_abandoned(small_server))
     (await small.start(shell("true"))).drop()
-    await eventually(lambda: len(_cancelled(small_server)) > ended, "the later one is ended")
+    await eventually(lambda: len(_abandoned(small_server)) > ended, "the later one is ended")
     await gate.open()
     assert (await again.finish()).result.exit_code == 0
 
 
-def _cancelled(server: ReServer) -> list[object]:
-    return [line for line in server.events("execution.completed") if line["code"] == "CANCELLED"]
+def _abandoned(server: ReServer) -> list[object]:
+    return [line for line in server.events("execution.completed") if line["code"] == "ABORTED"]

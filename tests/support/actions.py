@@ -39,6 +39,7 @@ from expbuild.reapi import (
     FindMissingBlobsRequest,
     GetActionResultRequest,
     Operation,
+    OperationsStub,
     Platform,
     ReadRequest,
     RequestMetadata,
@@ -255,6 +256,7 @@ class Client:
         self.cas = ContentAddressableStorageStub(self._channel)
         self.action_cache = ActionCacheStub(self._channel)
         self.execution = ExecutionStub(self._channel)
+        self.operations = OperationsStub(self._channel)
         self.capabilities = CapabilitiesStub(self._channel)
         self.byte_stream = ByteStreamStub(self._channel)
 

@@ -22,7 +22,7 @@ PATH=$PATH:/usr/sbin:/sbin
 for directory in /proc /dev "$EXPBUILD_TEST_SHARED"; do
     mkdir -p "$0$directory" && mount --rbind "$directory" "$0$directory" || exit 125
 done
-exec chroot "$0" /bin/sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
+exec chroot "$0" /bin/sh -c 'cd "$0" 2>/dev/null || cd /; exec "$@"' "$PWD" "$@"
 """
 
 

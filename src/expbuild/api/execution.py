@@ -6,19 +6,16 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from expbuild.api.capabilities import MAX_PRIORITY, MIN_PRIORITY
-from expbuild.api.inlining import InlineWishes, inlined
+from expbuild.api.inlining import InlineWishes
 from expbuild.api.instances import Instances
-from expbuild.api.messages import request_digest, to_message
+from expbuild.api.messages import request_digest
+from expbuild.api.operations import to_operation
 from expbuild.api.rpc import ServicerContext, request_metadata
-from expbuild.api.status import OK, to_status
 from expbuild.digest import DigestFunctions
-from expbuild.execution.execution import Execution, Outcome
 from expbuild.execution.manager import ExecuteCall, ExecutionManager
-from expbuild.execution.manager import Operation as OperationHandle
+from expbuild.execution.operations import Operation as OperationHandle
 from expbuild.reapi import (
-    ExecuteOperationMetadata,
     ExecuteRequest,
-    ExecuteResponse,
     ExecutionServicer,
     Operation,
     WaitExecutionRequest,
@@ -62,34 +59,5 @@ class ExecutionService(ExecutionServicer):
 
     async def _stream(self, operation: OperationHandle, wishes: InlineWishes) -> AsyncGenerator[Operation, None]:
         async with aclosing(self._manager.watch(operation)) as states:
-            async for execution in states:
-                message = _running(operation.name, execution)
-                if execution.outcome is not None:
-                    response = await self._response(execution, execution.outcome, wishes)
-                    message.response.Pack(response)
-                    message.done = True
-                yield message
-
-    async def _response(self, execution: Execution, outcome: Outcome, wishes: InlineWishes) -> ExecuteResponse:
-        response = ExecuteResponse(
-            status=OK if outcome.error is None else to_status(outcome.error),
-            cached_result=outcome.cached,
-            message=outcome.message,
-        )
-        if outcome.result is not None:
-            function = execution.action_digest.function
-            response.result.CopyFrom(await inlined(outcome.result, wishes, self._blobs, function))
-        return response
-
-
-def _running(name: str, execution: Execution) -> Operation:
-    """Return the operation without its response: who runs the action, and how far it is."""
-    metadata = ExecuteOperationMetadata(
-        stage=execution.stage.value,  # type: ignore[arg-type]  # our enum has the wire's numbers
-        action_digest=to_message(execution.action_digest),
-        digest_function=execution.action_digest.function.value,  # type: ignore[arg-type]  # the same
-        partial_execution_metadata=execution.timeline.metadata(execution.worker),
-    )
-    operation = Operation(name=name)
-    operation.metadata.Pack(metadata)
-    return operation
+            async for state in states:
+                yield await to_operation(state, self._blobs, wishes)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 import structlog
@@ -44,7 +44,14 @@ def register(
         wrap = _streaming if method.server_streaming else _unary
         name = f"{descriptor.full_name}/{method.name}"
         methods[method.name] = wrap(name, _decoder(method), getattr(servicer, method.name))
-    add_to_server(SimpleNamespace(**methods), _Registry(server))
+    add_to_server(SimpleNamespace(**methods), _Registry(server, descriptor))
+
+
+class _Lookup(NamedTuple):
+    """How a generic handler is asked for the handler of one method (grpc.HandlerCallDetails)."""
+
+    method: str
+    invocation_metadata: tuple[()] = ()
 
 
 class _Registry:
@@ -53,16 +60,19 @@ class _Registry:
     A request that does not parse is then ours to refuse; the library would answer UNKNOWN with the exception's text.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, server: grpc.aio.Server, descriptor: Any) -> None:
         self._server = server
+        self._descriptor = descriptor
 
-    def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Do nothing: the same methods come once more, by name."""
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        service = self._descriptor.full_name
+        for handler in handlers:
+            found = {m.name: handler.service(_Lookup(f"/{service}/{m.name}")) for m in self._descriptor.methods}
+            raw = {name: method._replace(request_deserializer=None) for name, method in found.items()}
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, raw),))
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        raw = {name: handler._replace(request_deserializer=None) for name, handler in handlers.items()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, raw),))
-        self._server.add_registered_method_handlers(service, raw)
+        """Do nothing: newer generated code names the same methods a second time."""
 
 
 def request_metadata(context: ServicerContext) -> RequestMetadata:

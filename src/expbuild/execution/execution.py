@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import enum
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from expbuild.digest import Digest
@@ -114,7 +113,7 @@ class Execution:
         """Move to a stage (backwards too, when a worker was lost) and tell the watchers."""
         self.stage = stage
         self.worker = worker
-        self._notify()
+        self.notify()
 
     def finish(self, outcome: Outcome) -> None:
         """Record the outcome, once; later ones are echoes of the first."""
@@ -123,22 +122,21 @@ class Execution:
         self.outcome = outcome
         self.stage = Stage.COMPLETED
         self.spec = self.tree = None  # the record lives on for its clients; what only a run needs does not
-        self._notify()
+        self.notify()
 
-    async def changes(self, heartbeat_s: float) -> AsyncIterator[None]:
-        """Yield now, after each change, and at least every `heartbeat_s`; end after yielding the outcome.
+    @property
+    def next_change(self) -> asyncio.Event:
+        """The event of the next change. Take it before looking at the state, and no change is missed."""
+        return self._changed
 
-        Only the latest state counts: a slow watcher skips what it missed.
-        """
-        while True:
-            changed = self._changed
-            yield
-            if self.is_done and changed is self._changed:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(heartbeat_s):
-                    await changed.wait()
+    @staticmethod
+    async def wait_for(change: asyncio.Event, *, at_most_s: float) -> None:
+        """Wait for a change, but not longer than `at_most_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await change.wait()
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Wake everybody who waits for a change."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -7,31 +7,29 @@ import contextvars
 import functools
 import itertools
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 import structlog
 
 from expbuild.digest import Digest
 from expbuild.errors import (
+    ExecutionAbandoned,
     ExecutionCancelled,
     ExpbuildError,
     InternalError,
     InvalidArgument,
     MissingBlobs,
-    OperationNotFound,
     ShuttingDown,
 )
 from expbuild.execution.action import ActionSpec, TimeoutPolicy, load_action
 from expbuild.execution.execution import Execution, Outcome
 from expbuild.execution.input_tree import load_input_tree
+from expbuild.execution.operations import Operation, Operations
 from expbuild.execution.pool import WorkerPool
 from expbuild.storage.base import ActionCache, ActionKey, BlobStore
 
 log = structlog.get_logger()
-
-MAX_FINISHED = 100_000
-"""So many finished executions are kept for their clients, a few KiB each; then the oldest go before their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +45,6 @@ class ExecuteCall:
     priority: int = 0
     invocation_id: str = ""
     accepts_directories: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One client's handle on an execution; equal actions in flight share the execution, never the name."""
-
-    name: str
-    execution: Execution
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +81,10 @@ class ExecutionManager:
         self._pool = pool
         self._tasks = tasks
         self._policy = policy
-        self._operations: dict[str, Operation] = {}
-        self._names: dict[str, list[str]] = {}
+        self._operations = Operations(policy.result_ttl_s)
         self._in_flight: dict[ActionKey, Execution] = {}
         self._running: dict[Execution, asyncio.Task[Outcome]] = {}
         self._stop_reasons: dict[Execution, ExpbuildError] = {}
-        self._expiries: dict[str, asyncio.TimerHandle] = {}
         self._abandonments: dict[str, asyncio.TimerHandle] = {}
         self._sequence = itertools.count()
         self._closing = False
@@ -114,13 +102,13 @@ class ExecutionManager:
         except MissingBlobs as error:
             return self._finished(call, Outcome(error=error))
         if (running := self._mergeable(call, spec)) is not None:
-            return self._register(running)
+            return self._operations.create(running)
         if not call.skip_cache_lookup and not spec.do_not_cache:
             result = await self._action_cache.get(key)
             if result is not None:
                 return self._finished(call, Outcome(result=result, cached=True))
             if (running := self._mergeable(call, spec)) is not None:
-                return self._register(running)
+                return self._operations.create(running)
         self._check_open()  # may have changed while we waited; what starts after close() would never be stopped
         self._pool.check_satisfiable(spec.platform)
         execution = self._create(call, spec)
@@ -132,31 +120,46 @@ class ExecutionManager:
         task = self._tasks.create_task(self._run(execution), name=f"execution {execution.id}", context=context)
         task.add_done_callback(functools.partial(self._conclude, execution), context=context)
         self._running[execution] = task
-        return self._register(execution)
+        return self._operations.create(execution)
 
     def operation(self, name: str) -> Operation:
         """Return a known operation. Raises OperationNotFound."""
-        try:
-            return self._operations[name]
-        except KeyError:
-            raise OperationNotFound(name) from None
+        return self._operations.get(name)
 
-    async def watch(self, operation: Operation) -> AsyncGenerator[Execution, None]:
-        """Yield the execution now, at each change, and at least every heartbeat; end after yielding its outcome.
+    def operations(self) -> Iterator[Operation]:
+        """Return the operations known now, oldest first."""
+        return iter(self._operations)
 
-        Ending the iteration early stops the watching, not the execution: that goes on for the grace period.
+    async def watch(self, operation: Operation) -> AsyncGenerator[Operation, None]:
+        """Yield the operation now, at each change, and at least every heartbeat; end after yielding its outcome.
+
+        Only the latest state counts: a slow watcher skips what it missed. Ending the iteration early stops the
+        watching, not the execution: that goes on for the grace period.
         """
         execution = operation.execution
         execution.watchers += 1
         if (timer := self._abandonments.pop(execution.id, None)) is not None:
             timer.cancel()
         try:
-            async for _ in execution.changes(self._policy.heartbeat_s):
-                yield execution
+            is_done = False
+            while not is_done:
+                change, is_done = execution.next_change, operation.outcome is not None
+                yield operation
+                if not is_done:
+                    await execution.wait_for(change, at_most_s=self._policy.heartbeat_s)
         finally:
             execution.watchers -= 1
             if execution.watchers == 0 and not execution.is_done:
                 self._await_return(execution)
+
+    def cancel(self, operation: Operation) -> None:
+        """Cancel an operation; its execution is stopped unless others share it. Harmless when it is done."""
+        if self._operations.cancel(operation):
+            self._stop(operation.execution, ExecutionCancelled())
+
+    def delete(self, operation: Operation) -> None:
+        """Forget an operation's name: its client does not come back. The execution goes on."""
+        self._operations.forget(operation)
 
     def close(self) -> None:
         """End everything: nothing new is accepted, what waits or runs ends as UNAVAILABLE. Does not wait for it."""
@@ -195,17 +198,8 @@ class ExecutionManager:
         execution = self._create(call, None)
         execution.finish(outcome)
         _log_completion(execution)
-        self._expire_later(execution)
-        return self._register(execution)
-
-    def _register(self, execution: Execution) -> Operation:
-        """Give an execution a new operation name, one that nobody can guess."""
-        name = f"operations/{uuid.uuid4()}"
-        if execution.instance_name:
-            name = f"{execution.instance_name}/{name}"
-        operation = self._operations[name] = Operation(name, execution)
-        self._names.setdefault(execution.id, []).append(name)
-        return operation
+        self._operations.expire_later(execution)
+        return self._operations.create(execution)
 
     async def _run(self, execution: Execution) -> Outcome:
         """Bring an execution to its outcome. Raises nothing but CancelledError."""
@@ -231,7 +225,7 @@ class ExecutionManager:
 
     def _await_return(self, execution: Execution) -> None:
         """Stop an execution that nobody watches, unless somebody comes back in time."""
-        reason = ExecutionCancelled(f"nobody watched this execution for {self._policy.abandoned_grace_s:g} s")
+        reason = ExecutionAbandoned(f"nobody watched this execution for {self._policy.abandoned_grace_s:g} s")
         self._abandonments[execution.id] = asyncio.get_running_loop().call_later(
             self._policy.abandoned_grace_s, self._stop, execution, reason
         )
@@ -260,19 +254,7 @@ class ExecutionManager:
         reason = self._stop_reasons.pop(execution, ShuttingDown())
         execution.finish(Outcome(error=reason) if task.cancelled() else task.result())
         _log_completion(execution)
-        self._expire_later(execution)
-
-    def _expire_later(self, execution: Execution) -> None:
-        self._expiries[execution.id] = asyncio.get_running_loop().call_later(
-            self._policy.result_ttl_s, self._expire, execution.id
-        )
-        if len(self._expiries) > MAX_FINISHED:
-            self._expire(next(iter(self._expiries)))
-
-    def _expire(self, execution_id: str) -> None:
-        self._expiries.pop(execution_id).cancel()
-        for name in self._names.pop(execution_id, ()):
-            self._operations.pop(name, None)
+        self._operations.expire_later(execution)
 
 
 def _log_completion(execution: Execution) -> None:
