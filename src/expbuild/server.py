@@ -79,6 +79,7 @@ async def _serve(
         pool = WorkerPool(
             workers.all,
             runner,
+            tasks,
             max_queue_size=pool_config.max_queue_size,
             interval_s=pool_config.scheduler_interval_ms / 1000,
         )

@@ -162,7 +162,7 @@ async def open_bench(
     action_cache = action_cache or MemoryActionCache()
     async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         runner = ActionRunner(blobs, action_cache, executor or InlineExecutor(), tasks, absolute_symlinks=True)
-        pool = WorkerPool(workers, runner, max_queue_size=max_queue_size, interval_s=0.01)
+        pool = WorkerPool(workers, runner, tasks, max_queue_size=max_queue_size, interval_s=0.01)
         await pool.start()
         manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
         keeper = tasks.create_task(pool.keep())

@@ -13,13 +13,14 @@ import pytest
 from expbuild.digest import DigestFunction
 from expbuild.errors import BlobNotFound, InvalidArgument
 from expbuild.execution.action import Components
-from expbuild.execution.input_root import create_workspace, materialize, remove_tree
+from expbuild.execution.input_root import create_workspace, materialize
 from expbuild.execution.input_tree import load_input_tree
 from expbuild.storage.base import BlobStore, Sharing, write_blob
 from expbuild.storage.files import MTIME_NS
 from expbuild.storage.filesystem import FilesystemBlobStore
 from expbuild.storage.memory import MemoryBlobStore
 from expbuild.workers.base import Owner
+from expbuild.workers.work_dir import remove_tree
 from tests.execution.conftest import NOBODY, unprivileged
 from tests.support.actions import Blobs, Executable, Link, Node, from_message, put_tree
 

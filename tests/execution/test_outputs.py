@@ -13,12 +13,12 @@ import pytest
 from expbuild.digest import DigestFunction
 from expbuild.errors import ExpbuildError, InvalidArgument, OutputRejected
 from expbuild.execution.action import MAX_DEPTH, check_command
-from expbuild.execution.input_root import remove_tree
 from expbuild.execution.outputs import CollectedOutputs, OutputCollector
 from expbuild.reapi import ActionResult, Command, Directory, Tree
 from expbuild.storage.base import read_blob
 from expbuild.storage.memory import MemoryBlobStore
 from expbuild.workers.base import Owner
+from expbuild.workers.work_dir import remove_tree
 from tests.execution.conftest import NOBODY, unprivileged
 from tests.support.actions import from_message
 

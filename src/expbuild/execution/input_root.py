@@ -1,4 +1,4 @@
-"""Putting an input tree on disk, and taking a workspace away again.
+"""Putting an input tree on disk.
 
 Everything happens relative to open directories and follows no link, so that no name in a tree can lead out of it.
 All functions here block; they run in worker threads.
@@ -6,9 +6,7 @@ All functions here block; they run in worker threads.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,8 +16,7 @@ from expbuild.execution.action import Components
 from expbuild.execution.input_tree import InputDirectory, InputTree
 from expbuild.storage.base import BlobStore, Sharing
 from expbuild.workers.base import Owner
-
-OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from expbuild.workers.work_dir import OPEN_DIRECTORY
 
 
 def create_workspace(path: Path, owner: Owner | None) -> None:
@@ -111,49 +108,3 @@ def _create_parent(root_fd: int, path: Components, owner: Owner | None) -> None:
             fd = child
     finally:
         os.close(fd)
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a directory and all below it, whatever an action made of it. Nothing there may be running any more.
-
-    Works at constant depth: sub-directories are moved up to the top, then emptied there, so neither deep nesting nor
-    overlong paths stop it. Follows no link. Raises OSError only when something cannot be deleted at all.
-    """
-    try:
-        top_fd = os.open(path, OPEN_DIRECTORY)
-    except FileNotFoundError:
-        return
-    try:
-        while names := _subdirectories(top_fd):
-            for name in names:
-                _hoist(top_fd, name)
-    finally:
-        os.close(top_fd)
-    path.rmdir()
-
-
-def _subdirectories(fd: int) -> list[str]:
-    """Delete everything in a directory but its sub-directories; return those."""
-    names = []
-    with os.scandir(fd) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                names.append(entry.name)
-            else:
-                os.unlink(entry.name, dir_fd=fd)
-    return names
-
-
-def _hoist(top_fd: int, name: str) -> None:
-    """Empty the directory `name`, moving its sub-directories to the top, then delete it."""
-    with contextlib.suppress(PermissionError):
-        os.chmod(name, 0o700, dir_fd=top_fd)
-    fd = os.open(name, OPEN_DIRECTORY, dir_fd=top_fd)
-    try:
-        for child in _subdirectories(fd):
-            with contextlib.suppress(PermissionError):
-                os.chmod(child, 0o700, dir_fd=fd)
-            os.rename(child, secrets.token_hex(16), src_dir_fd=fd, dst_dir_fd=top_fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=top_fd)

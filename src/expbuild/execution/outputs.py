@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import InvalidArgument, OutputRejected
 from expbuild.execution.action import MAX_DEPTH, CommandSpec, OutputKind, OutputRequest
-from expbuild.execution.input_root import OPEN_DIRECTORY
 from expbuild.reapi import (
     ActionResult,
     DigestMessage,
@@ -29,6 +28,7 @@ from expbuild.reapi import (
 )
 from expbuild.storage.base import BlobStore
 from expbuild.workers.base import Owner
+from expbuild.workers.work_dir import OPEN_DIRECTORY
 
 _NOT_A_DIRECTORY = frozenset({errno.ENOTDIR, errno.ELOOP})
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from expbuild.errors import ExpbuildError, QueueFull, WorkerFailed
+from expbuild.errors import ExpbuildError, QueueFull, StartupError, WorkerFailed
 from expbuild.execution.execution import Execution, Outcome, Stage
 from expbuild.execution.runner import ActionRunner
 from expbuild.execution.scheduler import QueuedAction, WorkerView, assign, check_satisfiable
@@ -23,6 +23,9 @@ log = structlog.get_logger()
 
 MAX_ATTEMPTS = 3
 """So many workers may fail under one action before the client is told."""
+
+START_PATIENCE_S = 10.0
+"""How long the server waits for its workers before it listens."""
 
 REVIVAL_INTERVAL_S = 5.0
 """How often an offline worker is tried again."""
@@ -36,7 +39,11 @@ class _Slot:
     view: WorkerView
     running: Execution | None = None
     offline_reason: str = "not started"
-    is_starting: bool = False
+    start: asyncio.Task[ExpbuildError | None] | None = None
+
+    @property
+    def is_starting(self) -> bool:
+        return self.start is not None and not self.start.done()
 
     @property
     def is_idle(self) -> bool:
@@ -55,13 +62,21 @@ class _Waiting:
 class WorkerPool:
     """Runs executions on workers.
 
+    tasks: owns the starting of workers, which can take long.
     max_queue_size: how many executions may wait beyond those that idle workers could take. interval_s: the longest
     time between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
     """
 
     def __init__(
-        self, workers: Sequence[Worker], runner: ActionRunner, *, max_queue_size: int, interval_s: float
+        self,
+        workers: Sequence[Worker],
+        runner: ActionRunner,
+        tasks: asyncio.TaskGroup,
+        *,
+        max_queue_size: int,
+        interval_s: float,
     ) -> None:
+        self._tasks = tasks
         self._slots = {worker.name: _Slot(worker, WorkerView(worker.name, worker.properties)) for worker in workers}
         self._runner = runner
         self._max_queue_size = max_queue_size
@@ -70,21 +85,35 @@ class WorkerPool:
         self._admitted: set[str] = set()
 
     async def start(self) -> None:
-        """Start every worker. Raises StartupError when one cannot keep what its configuration promises."""
+        """Start every worker, all at once.
+
+        One that takes long (its image is being pulled, its daemon hangs) is offline until it is ready; the others
+        serve. Raises StartupError when a worker cannot keep what its configuration promises.
+        """
+        starts = [self._begin_start(slot) for slot in self._slots.values()]
+        done, _ = await asyncio.wait(starts, timeout=START_PATIENCE_S)
+        for start in starts:
+            if start in done and isinstance(error := start.result(), StartupError):
+                raise error
         for slot in self._slots.values():
-            await self._start(slot)
+            if slot.is_starting:
+                log.warning("worker.offline", worker=slot.worker.name, reason="it is still starting")
 
     async def keep(self) -> None:
         """Look after queue and workers until cancelled."""
         loop = asyncio.get_running_loop()
         next_revival = loop.time() + REVIVAL_INTERVAL_S
-        async with asyncio.TaskGroup() as revivals:
+        try:
             while True:
                 await asyncio.sleep(self._interval_s)
                 self._assign()
                 if loop.time() >= next_revival:
-                    self._revive(revivals)
+                    self._revive()
                     next_revival = loop.time() + REVIVAL_INTERVAL_S
+        finally:
+            for slot in self._slots.values():
+                if slot.start is not None:
+                    slot.start.cancel()
 
     def check_satisfiable(self, requested: PropertyList) -> None:
         """Raise NoMatchingWorker when no configured worker, idle, busy or offline, could ever run this."""
@@ -173,21 +202,27 @@ class WorkerPool:
             slot.offline_reason = ""
             log.info("worker.registered", worker=slot.worker.name, platform=str(slot.worker.properties))
 
-    def _revive(self, tasks: asyncio.TaskGroup) -> None:
+    def _revive(self) -> None:
         """Try the offline workers again, each by itself: one may pull an image for half an hour."""
         for slot in self._slots.values():
             if slot.offline_reason and slot.running is None and not slot.is_starting:
-                slot.is_starting = True
-                tasks.create_task(self._restart(slot), name=f"restart {slot.worker.name}")
+                self._begin_start(slot)
 
-    async def _restart(self, slot: _Slot) -> None:
+    def _begin_start(self, slot: _Slot) -> asyncio.Task[ExpbuildError | None]:
+        slot.start = self._tasks.create_task(self._try_start(slot), name=f"start {slot.worker.name}")
+        return slot.start
+
+    async def _try_start(self, slot: _Slot) -> ExpbuildError | None:
+        """Start a worker; return why it refuses for good, if it does. It stays offline then, and is tried again."""
         try:
             await self._start(slot)
         except ExpbuildError as error:
+            if slot.offline_reason != str(error):
+                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
             slot.offline_reason = str(error)
+            return error
         except Exception as error:
             slot.offline_reason = repr(error)
             log.exception("worker.crashed", worker=slot.worker.name)
-        finally:
-            slot.is_starting = False
         self._assign()
+        return None

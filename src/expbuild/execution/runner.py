@@ -17,12 +17,13 @@ from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import ActionTimedOut, BlobNotFound, ExpbuildError, MissingBlobs, WorkerFailed, WorkerFull
 from expbuild.execution.action import ActionSpec
 from expbuild.execution.execution import Execution, Outcome, Timeline
-from expbuild.execution.input_root import OPEN_DIRECTORY, create_workspace, materialize, remove_tree
+from expbuild.execution.input_root import create_workspace, materialize
 from expbuild.execution.input_tree import InputTree
 from expbuild.execution.outputs import CollectedOutputs, OutputCollector
 from expbuild.reapi import ActionResult
 from expbuild.storage.base import ActionCache, ActionKey, BlobStore, Sharing, write_blob
 from expbuild.workers.base import Owner, Run, RunResult, Worker
+from expbuild.workers.work_dir import OPEN_DIRECTORY, remove_tree
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import shutil
+import secrets
 import stat
 from pathlib import Path
 
 from expbuild.errors import StartupError
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""How a directory is opened that somebody else may have had his hands on."""
 
 
 def make_work_dir(path: Path, mode: int) -> None:
@@ -67,23 +71,46 @@ def lock_work_dir(path: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it, also where the owner has taken away his own permissions.
+    """Delete a directory and all below it, whatever an action made of it. Nothing there may be running any more.
 
-    Nobody else may be at work in it. Missing is fine. Symbolic links are removed, not followed.
+    Works at constant depth: sub-directories are moved up to the top, then emptied there, so neither deep nesting nor
+    overlong paths stop it. Follows no link. Raises OSError only when something cannot be deleted at all.
     """
     try:
-        shutil.rmtree(path)
+        top_fd = os.open(path, OPEN_DIRECTORY)
     except FileNotFoundError:
         return
-    except PermissionError:
-        _open_up(path)
-        shutil.rmtree(path)
+    try:
+        while names := _subdirectories(top_fd):
+            for name in names:
+                _hoist(top_fd, name)
+    finally:
+        os.close(top_fd)
+    path.rmdir()
 
 
-def _open_up(path: Path) -> None:
-    path.chmod(0o700)
-    for directory, names, _ in os.walk(path):
-        for name in names:
-            below = os.path.join(directory, name)
-            if not os.path.islink(below):
-                os.chmod(below, 0o700)  # before walk goes there
+def _subdirectories(fd: int) -> list[str]:
+    """Delete everything in a directory but its sub-directories; return those."""
+    names = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=fd)
+    return names
+
+
+def _hoist(top_fd: int, name: str) -> None:
+    """Empty the directory `name`, moving its sub-directories to the top, then delete it."""
+    with contextlib.suppress(PermissionError):
+        os.chmod(name, 0o700, dir_fd=top_fd)
+    fd = os.open(name, OPEN_DIRECTORY, dir_fd=top_fd)
+    try:
+        for child in _subdirectories(fd):
+            with contextlib.suppress(PermissionError):
+                os.chmod(child, 0o700, dir_fd=fd)
+            os.rename(child, secrets.token_hex(16), src_dir_fd=fd, dst_dir_fd=top_fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=top_fd)
