@@ -56,8 +56,10 @@ async def serve(config: Config) -> None:
             storage = executors.enter_context(ThreadPoolExecutor(_threads(), "storage"))
             workspaces = executors.enter_context(ThreadPoolExecutor(_threads(), "workspace"))
             await _serve(config, storage, workspaces, stop)
-    except* ExpbuildError as group:
-        raise _first(group) from None
+    except BaseExceptionGroup as group:
+        # What a task group reports is one refusal to start, or a fault; `except*` would wrap what is raised again.
+        error = _first(group)
+        raise (error if isinstance(error, ExpbuildError) else group) from None
     log.info("server.stopped")
 
 
@@ -198,7 +200,7 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _first(group: BaseExceptionGroup[ExpbuildError]) -> ExpbuildError:
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error a group began with."""
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -6,9 +6,13 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import pytest
 import tomli
 
 from expbuild.reapi import ExecutionStage, GetCapabilitiesRequest
@@ -25,7 +29,7 @@ from tests.support.actions import (
     status_of,
 )
 from tests.support.processes import read_stat
-from tests.support.server import Config, ReServer
+from tests.support.server import Config, ReServer, host_pool_config, to_toml
 
 UNIMPLEMENTED, UNAVAILABLE = 12, 14
 EXAMPLE = Path(__file__).parents[2] / "examples" / "expbuild-server-pool.toml"
@@ -171,3 +175,35 @@ async def test_the_example_configuration_starts_and_tells_its_story(scratch: Pat
             stream = await client.start(shell("true", platform={"container": "docker"}))
             assert metadata_of(stream.operations[0]).stage != ExecutionStage.COMPLETED
             stream.drop()
+
+
+def _without_user(config: Config, root: Path) -> str:
+    config["execution"]["pool"]["workers"][0]["run_as_user"] = "no-such-user"
+    return "run_as_user" if os.geteuid() == 0 else "root"
+
+
+def _with_root_dir_that_is_a_file(config: Config, root: Path) -> str:
+    (root / "file").touch()
+    config["storage"]["cas"]["root_dir"] = str(root / "file")
+    return "storage.cas.root_dir"
+
+
+def _with_foreign_address(config: Config, root: Path) -> str:
+    config["server"]["address"] = "192.0.2.1:8980"
+    return "server.address"
+
+
+@pytest.mark.parametrize("spoil", [_without_user, _with_root_dir_that_is_a_file, _with_foreign_address])
+def test_a_server_that_cannot_start_says_why_in_one_line(scratch: Path, spoil: Callable[[Config, Path], str]) -> None:
+    """Exit code 1, no traceback, and the name of what has to be changed."""
+    config = host_pool_config(scratch / "state")
+    named = spoil(config, scratch)
+    file = scratch / "expbuild.toml"
+    file.write_text(to_toml(config))
+    command = [sys.executable, "-m", "expbuild", "--config", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("re-server: ")
+    assert named in last
