@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -208,3 +209,21 @@ def test_a_reader_that_leaves_early_is_no_error_worth_a_traceback() -> None:
         ["bash", "-c", script, "bash", sys.executable], capture_output=True, text=True, check=False, timeout=60
     )
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("arguments", "right"), [(["ada"], "read"), (["ada", "--right", "write"], "write")])
+def test_new_token_prints_the_token_and_the_line_that_knows_it(arguments: list[str], right: str) -> None:
+    """The token alone on stdout, for a variable or a file; the line, which holds only its hash, on stderr."""
+    result = run("new-token", *arguments)
+    token = result.stdout.removesuffix("\n")
+    assert result.returncode == 0
+    assert re.fullmatch(r"[A-Za-z0-9_-]{43}", token)
+    assert result.stderr.splitlines()[1:] == [f"ada {right} sha256:{hashlib.sha256(token.encode()).hexdigest()}"]
+    assert token not in result.stderr
+
+
+def test_new_token_with_a_name_that_cannot_be_one_exits_2() -> None:
+    """Nothing on stdout that could pass for a token."""
+    result = run("new-token", "ada lovelace")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("re-server: 'ada lovelace' cannot be the name of a token")

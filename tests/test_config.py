@@ -544,7 +544,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "execution.pool.max_queue_size: expected a positive integer, got -1",
         'execution.pool.default_task_timeout_seconds: expected a positive number of seconds, got "1h"',
         f'capabilities.digest_functions[0]: expected {FUNCTIONS}, got "CRC32"',
-        "debug: unknown key; known here: server, storage, execution, capabilities",
+        "debug: unknown key; known here: server, tls, auth, storage, execution, capabilities",
         "execution.pool.workers: expected at least one worker while capabilities.exec_enabled, got an empty list",
         'storage.action_cache.root_dir: expected a directory neither inside nor around storage.cas.root_dir ("/s"), '
         'got "/s/ac"',

@@ -1,7 +1,7 @@
-"""The command line: `re-server` serves, `re-server check-config` explains a configuration.
+"""The command line: `re-server` serves, `check-config` explains a configuration, `new-token` makes a credential.
 
 Exit codes: 0 stopped as asked, 1 could not start or failed, 2 wrong usage or configuration, 130 interrupted.
-What a command needs is imported inside it, so that --help and check-config answer at once and never load gRPC.
+What a command needs is imported inside it, so that all but serving answers at once and never loads gRPC.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Examples:
   re-server --config expbuild.toml           serve as the file says
   re-server check-config expbuild.toml       print what the file means, or all that is wrong with it
   re-server check-config > expbuild.toml     start a file of your own from the built-in configuration
+  re-server new-token alice --right write    make a token for the file that auth.tokens_file names
   bazel build --remote_executor=grpc://127.0.0.1:8980 //...
 
 \b
@@ -67,6 +68,33 @@ def check_config(config_file: Path | None, file: Path | None) -> None:
     from expbuild.config import render_config
 
     click.echo(render_config(_load(file or config_file)), nl=False)
+
+
+@main.command("new-token", short_help="Make a bearer token for a client.")
+@click.argument("name")
+@click.option(
+    "--right",
+    type=click.Choice(["read", "write"]),
+    default="read",
+    show_default=True,
+    help="What the token allows: read caches and watch operations, or everything.",
+)
+def new_token(name: str, right: str) -> None:
+    """Print a new token on stdout, and on stderr its line for the file that auth.tokens_file names.
+
+    NAME is who will use it, for the log. The token itself is stored nowhere: hand it on now. The server reads the file
+    when it starts. To withdraw a token, delete its line and restart the server.
+    """
+    from expbuild.api import auth
+    from expbuild.errors import InvalidArgument
+
+    try:
+        token, line = auth.new_token(name, auth.Right[right.upper()])
+    except InvalidArgument as error:
+        _fail(2, str(error))
+    click.echo("Add this line to the file that auth.tokens_file names; the token itself is shown only now.", err=True)
+    click.echo(line, err=True)
+    click.echo(token)
 
 
 def _load(config_file: Path | None) -> Config:

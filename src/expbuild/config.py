@@ -127,6 +127,30 @@ class ServerConfig(_Table):
         return int(self.address.rpartition(":")[2])
 
 
+# ---- [tls], [auth] ---------------------------------------------------------------------------------------------
+
+
+class TlsConfig(_Table):
+    """`[tls]`: without it, what clients send and get is readable on the way. The files are PEM, read once, at start."""
+
+    certificate: AbsolutePath
+    """The server's certificate, and those that lead from it to the authority clients trust, in this order."""
+    key: AbsolutePath
+    """The certificate's private key, not encrypted. Nobody but its owner may have any right to the file."""
+    client_ca: AbsolutePath | None = None
+    """Certificates of the authorities of clients. With it, only clients with a certificate of theirs can connect."""
+
+
+class AuthConfig(_Table):
+    """`[auth]`: without it, everybody who can connect may do everything."""
+
+    tokens_file: AbsolutePath
+    """Who may call: a line `NAME read|write sha256:HEX` for each bearer token, made by `re-server new-token`.
+
+    `read` is reading caches and watching operations, `write` everything. Read once, at start.
+    """
+
+
 # ---- [storage] -------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +351,8 @@ class Config(_Table):
     """The whole configuration. Without any key it is the embedded default."""
 
     server: ServerConfig = Field(default_factory=ServerConfig)
+    tls: TlsConfig | None = None
+    auth: AuthConfig | None = None
     storage: StorageConfig = Field(default_factory=StorageConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)

@@ -9,7 +9,9 @@ import os
 import resource
 import signal
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,6 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from expbuild import reapi
 from expbuild.api.action_cache import ActionCacheService
+from expbuild.api.auth import Authenticator, load_tokens
 from expbuild.api.bytestream import ByteStreamService
 from expbuild.api.capabilities import CapabilitiesService
 from expbuild.api.cas import CasService
@@ -27,6 +30,7 @@ from expbuild.api.instances import Instances
 from expbuild.api.operations import OperationsService
 from expbuild.api.resource_names import ResourceNames
 from expbuild.api.rpc import register
+from expbuild.api.tls import load_credentials
 from expbuild.api.transport import create_server
 from expbuild.config import Config
 from expbuild.digest import DigestFunctions
@@ -107,7 +111,11 @@ class _Servicers:
     """The services of this server, registered as they are added."""
 
     def __init__(self, config: Config, blobs: BlobStore, action_cache: ActionCache, functions: DigestFunctions) -> None:
-        self.server = create_server(config.server.transport)
+        self._authenticator = Authenticator(None if config.auth is None else load_tokens(config.auth.tokens_file))
+        credentials = None if config.tls is None else load_credentials(config.tls)
+        self.server = create_server(
+            config.server.transport, credentials=credentials, tokens=not self._authenticator.is_open
+        )
         self.names: list[str] = []
         self.health = HealthService()
         self._blobs = blobs
@@ -140,15 +148,18 @@ class _Servicers:
     def complete(self) -> None:
         """Add what speaks about the services: health and reflection."""
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
-        register(health_pb2_grpc.add_HealthServicer_to_server, self.health, health, self.server.handlers)
+        self._register(health_pb2_grpc.add_HealthServicer_to_server, self.health, health)
         about = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
         servicer = reflection.aio.ReflectionServicer((*self.names, health.full_name, about.full_name))
-        register(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer, about, self.server.handlers)
+        self._register(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer, about)
 
     def _add(self, service: str, servicer: object) -> None:
         descriptor = next(d for d in reapi.SERVICE_DESCRIPTORS if d.name == service)
-        register(getattr(reapi, f"add_{service}Servicer_to_server"), servicer, descriptor, self.server.handlers)
+        self._register(getattr(reapi, f"add_{service}Servicer_to_server"), servicer, descriptor)
         self.names.append(descriptor.full_name)
+
+    def _register(self, add_to_server: Callable[[Any, Any], None], servicer: object, descriptor: Any) -> None:
+        register(add_to_server, servicer, descriptor, self.server.handlers, self._authenticator)
 
 
 async def _listen(
@@ -158,12 +169,9 @@ async def _listen(
     servicers.complete()
     server = servicers.server
     port = server.bind(config.server.address)
-    if not _is_loopback(config.server.host):
-        log.warning(
-            "server.exposed",
-            address=config.server.address,
-            reason="anybody who reaches this address can run commands here: there is no TLS and no authentication",
-        )
+    exposure = _exposure(config)
+    if exposure is not None:
+        log.warning("server.exposed", address=config.server.address, reason=exposure)
     await server.start()
     servicers.health.serve(servicers.names)
     log.info("server.listening", address=f"{config.server.address.rpartition(':')[0]}:{port}")
@@ -184,6 +192,20 @@ def _threads() -> int:
 def _place(config: object) -> str:
     root_dir = getattr(config, "root_dir", None)
     return str(root_dir) if root_dir is not None else "memory"
+
+
+def _exposure(config: Config) -> str | None:
+    """Return what a network that is not trusted could do to a server on this address, None when nothing is missing."""
+    if _is_loopback(config.server.host):
+        return None
+    can = "run commands here" if config.capabilities.exec_enabled else "change what is cached here"
+    if config.auth is None and config.tls is None:
+        return f"anybody who reaches this address can {can}: there is no TLS and no authentication"
+    if config.tls is None:
+        return "tokens and files travel in the clear, for anybody on the way to read: there is no TLS"
+    if config.auth is None and config.tls.client_ca is None:
+        return f"anybody who reaches this address can {can}: there is no authentication"
+    return None
 
 
 def _is_loopback(host: str) -> bool:

@@ -26,12 +26,17 @@ class StartServer(Protocol):
 
 
 def cache_config(root: Path, backend: str = "filesystem", **tables: dict[str, Any]) -> Config:
-    """Return the configuration of a cache, with a host worker for `exec_enabled`; `tables` add keys to its tables."""
+    """Return the configuration of a cache, with a host worker for `exec_enabled`.
+
+    `tables` add keys to its tables `server` and `capabilities`, or are the whole of others.
+    """
 
     def store(name: str) -> dict[str, str]:
         return {"backend": backend} | ({"root_dir": str(root / name)} if backend == "filesystem" else {})
 
+    others = {name: table for name, table in tables.items() if name not in ("server", "capabilities")}
     return {
+        **others,
         "server": {"address": "127.0.0.1:0", **tables.get("server", {})},
         "storage": {"cas": store("cas"), "action_cache": store("action-cache")},
         "execution": {"pool": {"workers": [{"type": "host", "count": 1, "work_dir": str(root / "work")}]}},

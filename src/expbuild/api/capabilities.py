@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from expbuild.api.auth import Right, current_caller
 from expbuild.api.compression import Compressor
 from expbuild.api.instances import Instances
 from expbuild.api.rpc import ServicerContext
@@ -24,15 +25,20 @@ MIN_PRIORITY, MAX_PRIORITY = -1000, 1000
 
 
 class CapabilitiesService(CapabilitiesServicer):
-    """Answers GetCapabilities from memory: it is every client's first call."""
+    """Answers GetCapabilities from memory: it is every client's first call.
+
+    Who may only read is told that nothing is executed and no action result taken: clients then do not try.
+    """
 
     def __init__(self, config: CapabilitiesConfig, compressors: Sequence[Compressor], instances: Instances) -> None:
         self._answer = _capabilities(config, compressors)
+        read_only = {"exec_enabled": False, "action_cache_update_enabled": False}
+        self._answer_to_readers = _capabilities(config.model_copy(update=read_only), compressors)
         self._instances = instances
 
     async def GetCapabilities(self, request: GetCapabilitiesRequest, context: ServicerContext) -> ServerCapabilities:
         self._instances.resolve(request.instance_name)
-        return self._answer
+        return self._answer if current_caller().right >= Right.WRITE else self._answer_to_readers
 
 
 def _capabilities(config: CapabilitiesConfig, compressors: Sequence[Compressor]) -> ServerCapabilities:

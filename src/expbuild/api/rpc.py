@@ -1,4 +1,4 @@
-"""What every RPC has in common: its log line, the request's context, and errors turned into statuses.
+"""What every RPC has in common: who may call, its log line, the request's context, errors turned into statuses.
 
 Applied once per method where a servicer is registered; per call it costs a few microseconds.
 """
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
+from expbuild.api.auth import Authenticator, authorize
 from expbuild.api.status import to_status
 from expbuild.errors import Code, ExpbuildError, InternalError, InvalidArgument
 from expbuild.reapi import RequestMetadata
@@ -36,14 +37,21 @@ _GRPC_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def register(
-    add_to_server: Callable[[Any, Any], None], servicer: object, descriptor: Any, server: grpc.aio.Server
+    add_to_server: Callable[[Any, Any], None],
+    servicer: object,
+    descriptor: Any,
+    server: grpc.aio.Server,
+    authenticator: Authenticator,
 ) -> None:
-    """Serve `servicer`. add_to_server: the function generated for its service; `descriptor`: of that service."""
+    """Serve `servicer` to those whom `authenticator` admits.
+
+    add_to_server: the function generated for its service; `descriptor`: of that service.
+    """
     methods = {}
     for method in descriptor.methods:
         wrap = _streaming if method.server_streaming else _unary
         name = f"{descriptor.full_name}/{method.name}"
-        methods[method.name] = wrap(name, _decoder(method), getattr(servicer, method.name))
+        methods[method.name] = wrap(name, _decoder(method), getattr(servicer, method.name), authenticator)
     add_to_server(SimpleNamespace(**methods), _Registry(server, descriptor))
 
 
@@ -96,11 +104,22 @@ class _Call:
         # Asked for now: a generator may be closed after its call is gone, and asking then crashes the process.
         self._peer = context.peer()
         self._invocation_id = request_metadata(context).tool_invocation_id
+        self._caller = ""
         structlog.contextvars.bind_contextvars(rpc=method, invocation_id=self._invocation_id)
+
+    def admit(self, authenticator: Authenticator) -> None:
+        """Find out who calls. Raises Unauthenticated or PermissionDenied, before anybody reads what was sent."""
+        if authenticator.is_open:
+            return
+        caller = authenticator.identify(self._method, self._context.invocation_metadata() or ())
+        self._caller = caller.name
+        authorize(caller, self._method)
 
     def completed(self, code: str, reason: str | None = None) -> None:
         """Write the call's one log line."""
         fields = {} if reason is None else {"reason": reason}
+        if self._caller:
+            fields["caller"] = self._caller
         log.info(
             "rpc.completed",
             code=code,
@@ -148,11 +167,15 @@ def _decoder(method: Any) -> _Decoder:
 
 
 def _unary(
-    method: str, decode: _Decoder, handler: Callable[[Any, ServicerContext], Awaitable[Any]]
+    method: str,
+    decode: _Decoder,
+    handler: Callable[[Any, ServicerContext], Awaitable[Any]],
+    authenticator: Authenticator,
 ) -> Callable[..., Any]:
     async def wrapped(request: Any, context: ServicerContext) -> Any:
         call = _Call(method, context)
         try:
+            call.admit(authenticator)
             response = await handler(decode(request), context)
         except (Exception, asyncio.CancelledError) as error:
             await call.failed(error)
@@ -163,11 +186,15 @@ def _unary(
 
 
 def _streaming(
-    method: str, decode: _Decoder, handler: Callable[[Any, ServicerContext], AsyncGenerator[Any, None]]
+    method: str,
+    decode: _Decoder,
+    handler: Callable[[Any, ServicerContext], AsyncGenerator[Any, None]],
+    authenticator: Authenticator,
 ) -> Callable[..., Any]:
     async def wrapped(request: Any, context: ServicerContext) -> AsyncIterator[Any]:
         call = _Call(method, context)
         try:
+            call.admit(authenticator)
             async with aclosing(handler(decode(request), context)) as responses:
                 async for response in responses:
                     yield response
