@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from expbuild.config import (
     CapabilitiesConfig,
     Config,
-    ConfigError,
     DockerWorkerConfig,
     ExecutionConfig,
     HostWorkerConfig,
@@ -27,9 +26,10 @@ from expbuild.config import (
     load_config,
     parse_config,
     render_config,
-    state_dir,
 )
+from expbuild.config_directories import state_dir
 from expbuild.digest import DigestFunction
+from expbuild.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "expbuild-server-pool.toml"
 

@@ -33,6 +33,7 @@ FOUNDATION = frozenset(
         "",
         "_generated",
         "config",
+        "config_directories",
         "config_problems",
         "config_text",
         "config_types",

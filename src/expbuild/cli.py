@@ -99,7 +99,8 @@ def new_token(name: str, right: str) -> None:
 
 def _load(config_file: Path | None) -> Config:
     """Return the configuration; with problems, list them all on stderr and exit with 2."""
-    from expbuild.config import ConfigError, default_config, load_config
+    from expbuild.config import default_config, load_config
+    from expbuild.errors import ConfigError
 
     try:
         return default_config() if config_file is None else load_config(config_file)

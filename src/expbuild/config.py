@@ -8,15 +8,15 @@ here; when its type alone does not tell what is allowed, an `Expect` beside it s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic import ValidationInfo as Info
 from pydantic_core import PydanticCustomError
 
+from expbuild.config_directories import default_root, default_work_dir, problems_across_tables
 from expbuild.config_problems import Expect, explain, one_of
 from expbuild.config_text import shown, toml_table
 from expbuild.config_types import (
@@ -35,7 +35,7 @@ from expbuild.config_types import (
     rule,
 )
 from expbuild.digest import DigestFunction
-from expbuild.errors import ExpbuildError
+from expbuild.errors import ConfigError
 
 RESERVED_INSTANCE_SEGMENTS = frozenset(
     {"blobs", "uploads", "actions", "actionResults", "operations", "capabilities", "compressed-blobs"}
@@ -45,41 +45,11 @@ RESERVED_INSTANCE_SEGMENTS = frozenset(
 _MAX_FILE_BYTES = 1 << 20
 
 
-class ConfigError(ExpbuildError):
-    """A configuration that cannot be used; nothing was started.
-
-    problems: one line each, every problem there is. source: the file, or a word for where the text came from.
-    """
-
-    def __init__(self, problems: Sequence[str], source: str) -> None:
-        super().__init__("\n".join([f"{source}: {len(problems)} problem(s) in the configuration", *problems]))
-        self.problems = tuple(problems)
-        self.source = source
-
-
 def is_well_formed_instance_name(name: str) -> bool:
     """Whether `name` can be an instance name: "" or segments joined by "/", none of them empty or reserved."""
     if not name:
         return True
     return name.isprintable() and all(s and s not in RESERVED_INSTANCE_SEGMENTS for s in name.split("/"))
-
-
-def state_dir() -> Path:
-    """Return the directory our state lies under unless configured otherwise.
-
-    /var/lib/expbuild as root, else expbuild/ in XDG_STATE_HOME or ~/.local/state. Raises ConfigError for a user who
-    has no home directory.
-    """
-    if os.geteuid() == 0:
-        return Path("/var/lib/expbuild")
-    state_home = os.environ.get("XDG_STATE_HOME", "")
-    if os.path.isabs(state_home):
-        return Path(state_home, "expbuild")
-    try:
-        return Path.home() / ".local/state/expbuild"
-    except RuntimeError as error:
-        problem = "this user has no home directory for the server's state: set HOME or XDG_STATE_HOME"
-        raise ConfigError([problem], "environment") from error
 
 
 def _cores() -> int:
@@ -172,15 +142,11 @@ class StoreConfig(_Table):
     """The directory that is the store. For `filesystem`: required; for `memory`: not allowed."""
 
 
-def _default_root(store: str) -> Path:
-    return state_dir() / {"cas": "cas", "action_cache": "cache"}[store]
-
-
 class StorageConfig(_Table):
     """`[storage]`: blobs (`cas`) and action results (`action_cache`); by default directories in the state directory."""
 
-    cas: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=_default_root("cas")))
-    action_cache: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=_default_root("action_cache")))
+    cas: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=default_root("cas")))
+    action_cache: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=default_root("action_cache")))
 
 
 # ---- [execution] -----------------------------------------------------------------------------------------------
@@ -192,17 +158,13 @@ def _check_run_as_group(group: str | None, info: Info) -> str | None:
     return group
 
 
-def _default_work_dir(kind: str) -> Path:
-    return state_dir() / "work" / kind
-
-
 class HostWorkerConfig(_Table):
     """`[[execution.pool.workers]]` with `type = "host"`: commands run as processes of this machine."""
 
     type: Literal["host"] = "host"
     count: Count = Field(default_factory=_cores)
     """How many actions run at once; by default as many as there are cores."""
-    work_dir: AbsolutePath = Field(default_factory=lambda: _default_work_dir("host"))
+    work_dir: AbsolutePath = Field(default_factory=lambda: default_work_dir("host"))
     """Where input roots are prepared; best on the file system of the CAS. Never inside a store, or around one."""
     use_chroot: bool = False
     """Give each action a private root made of namespaces; the server does not start where that is impossible."""
@@ -260,7 +222,7 @@ class DockerWorkerConfig(_Table):
     """Whom commands run as, by names of the image or by number; by default whom the image says."""
     volumes: Annotated[tuple[VolumeConfig, ...], LIST, AfterValidator(_check_volumes)] = ()
     """Directories of this machine that containers see."""
-    work_dir: AbsolutePath = Field(default_factory=lambda: _default_work_dir("docker"))
+    work_dir: AbsolutePath = Field(default_factory=lambda: default_work_dir("docker"))
     """Where input roots are prepared; the Docker daemon must see the same directory under the same name."""
     docker_host: (
         Annotated[
@@ -359,7 +321,7 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _check_across_tables(self) -> Self:
-        problems = list(_problems_across_tables(self.model_dump(exclude_none=True)))
+        problems = list(problems_across_tables(self.model_dump(exclude_none=True)))
         if problems:
             raise PydanticCustomError("across_tables", "{text}", {"text": "; ".join(problems)})
         return self
@@ -405,7 +367,7 @@ def parse_config(text: str, source: str) -> Config:
         return Config.model_validate(document)
     except ValidationError as error:
         problems = [explain(e, Config) for e in error.errors(include_url=False) if e["type"] not in _NOT_A_PROBLEM]
-        raise ConfigError([*problems, *_problems_across_tables(document)], source) from None
+        raise ConfigError([*problems, *problems_across_tables(document)], source) from None
 
 
 _NOT_A_PROBLEM = frozenset(
@@ -414,37 +376,6 @@ _NOT_A_PROBLEM = frozenset(
         "default_factory_not_called",  # the echo of another problem in the same table
     }
 )
-
-
-def _problems_across_tables(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong between tables. Takes a document as read, where anything may be missing or malformed."""
-    pool = _table_at(document, "execution", "pool")
-    if pool.get("workers") in ([], ()) and _table_at(document, "capabilities").get("exec_enabled", True) is True:
-        yield "execution.pool.workers: expected at least one worker while capabilities.exec_enabled, got an empty list"
-    directories: dict[str, object] = {}
-    for store in ("cas", "action_cache"):
-        table = _table_at(document, "storage", store)
-        directories[f"storage.{store}.root_dir"] = table.get("root_dir") if table else _default_root(store)
-    stores = list(directories)
-    workers = pool.get("workers", [{"type": "host"}])
-    for i, worker in enumerate(workers if isinstance(workers, (list, tuple)) else []):
-        if isinstance(worker, Mapping):
-            work_dir = worker["work_dir"] if "work_dir" in worker else _default_work_dir(str(worker.get("type")))
-            directories[f"execution.pool.workers[{i}].work_dir"] = work_dir
-    known = {key: Path(os.path.normpath(d)) for key, d in directories.items() if isinstance(d, (str, Path))}
-    for key, directory in known.items():
-        for store in stores[: stores.index(key)] if key in stores else stores:
-            root = known.get(store)
-            if root is not None and (directory.is_relative_to(root) or root.is_relative_to(directory)):
-                expected = f"expected a directory neither inside nor around {store} ({shown(root)})"
-                yield f"{key}: {expected}, got {shown(directory)}"
-
-
-def _table_at(document: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    table: Any = document
-    for key in path:
-        table = table.get(key) if isinstance(table, Mapping) else None
-    return table if isinstance(table, Mapping) else {}
 
 
 def render_config(config: Config) -> str:

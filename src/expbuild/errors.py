@@ -222,3 +222,15 @@ class StartupError(ExpbuildError):
     """The server cannot start as configured."""
 
     code = Code.FAILED_PRECONDITION
+
+
+class ConfigError(ExpbuildError):
+    """A configuration that cannot be used; nothing was started.
+
+    problems: one line each, every problem there is. source: the file, or a word for where the text came from.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str) -> None:
+        super().__init__("\n".join([f"{source}: {len(problems)} problem(s) in the configuration", *problems]))
+        self.problems = tuple(problems)
+        self.source = source

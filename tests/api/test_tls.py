@@ -15,8 +15,8 @@ import grpc
 import pytest
 
 from expbuild.api.tls import load_credentials
-from expbuild.config import Config, ConfigError, TlsConfig, parse_config, render_config
-from expbuild.errors import StartupError
+from expbuild.config import Config, TlsConfig, parse_config, render_config
+from expbuild.errors import ConfigError, StartupError
 from expbuild.reapi import CapabilitiesStub, GetCapabilitiesRequest
 from expbuild.server import _exposure
 from tests.api.client import TIMEOUT_S

@@ -24,9 +24,9 @@ from grpc_status import rpc_status
 
 from expbuild.api import native
 from expbuild.api.transport import Choice, Server, create_server, select
-from expbuild.config import ConfigError, parse_config
+from expbuild.config import parse_config
 from expbuild.digest import DigestFunction
-from expbuild.errors import StartupError
+from expbuild.errors import ConfigError, StartupError
 from expbuild.reapi import (
     ActionCacheServicer,
     ActionCacheStub,
