@@ -13,14 +13,7 @@ from pydantic import ValidationError
 from expbuild.config import (
     CapabilitiesConfig,
     Config,
-    DockerWorkerConfig,
-    ExecutionConfig,
-    HostWorkerConfig,
-    PoolConfig,
     ServerConfig,
-    StorageConfig,
-    StoreConfig,
-    VolumeConfig,
     default_config,
     is_well_formed_instance_name,
     load_config,
@@ -28,6 +21,9 @@ from expbuild.config import (
     render_config,
 )
 from expbuild.config_directories import state_dir
+from expbuild.config_pool import ExecutionConfig, PoolConfig
+from expbuild.config_storage import StorageConfig, StoreConfig
+from expbuild.config_workers import DockerWorkerConfig, HostWorkerConfig, VolumeConfig
 from expbuild.digest import DigestFunction
 from expbuild.errors import ConfigError
 

@@ -7,32 +7,26 @@ here; when its type alone does not tell what is allowed, an `Expect` beside it s
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tomli
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic import ValidationInfo as Info
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from expbuild.config_directories import default_root, default_work_dir, problems_across_tables
+from expbuild.config_directories import problems_across_tables
+from expbuild.config_pool import ExecutionConfig
 from expbuild.config_problems import Expect, explain, one_of
-from expbuild.config_text import shown, toml_table
+from expbuild.config_storage import StorageConfig
+from expbuild.config_text import toml_table
 from expbuild.config_types import (
     LIST,
-    NAME_OR_ID,
     AbsolutePath,
-    Count,
     ImplementedFunction,
-    Platform,
-    Seconds,
-    UserOrId,
+    Table,
     each_once,
     is_address,
-    pattern,
     require,
-    rule,
 )
 from expbuild.digest import DigestFunction
 from expbuild.errors import ConfigError
@@ -52,20 +46,10 @@ def is_well_formed_instance_name(name: str) -> bool:
     return name.isprintable() and all(s and s not in RESERVED_INSTANCE_SEGMENTS for s in name.split("/"))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-class _Table(BaseModel):
-    """A table of the file: unknown keys refused, no value converted, immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
-
-
 # ---- [server] --------------------------------------------------------------------------------------------------
 
 
-class ServerConfig(_Table):
+class ServerConfig(Table):
     """`[server]`: where we listen and what we are called."""
 
     address: Annotated[str, require(is_address), Expect('"host:port" (IPv6: "[host]:port")')] = "127.0.0.1:8980"
@@ -100,7 +84,7 @@ class ServerConfig(_Table):
 # ---- [tls], [auth] ---------------------------------------------------------------------------------------------
 
 
-class TlsConfig(_Table):
+class TlsConfig(Table):
     """`[tls]`: without it, what clients send and get is readable on the way. The files are PEM, read once, at start."""
 
     certificate: AbsolutePath
@@ -111,7 +95,7 @@ class TlsConfig(_Table):
     """Certificates of the authorities of clients. With it, only clients with a certificate of theirs can connect."""
 
 
-class AuthConfig(_Table):
+class AuthConfig(Table):
     """`[auth]`: without it, everybody who can connect may do everything."""
 
     tokens_file: AbsolutePath
@@ -121,165 +105,10 @@ class AuthConfig(_Table):
     """
 
 
-# ---- [storage] -------------------------------------------------------------------------------------------------
-
-
-def _check_root_dir(root_dir: Path | None, info: Info) -> Path | None:
-    match info.data.get("backend"):
-        case "filesystem" if root_dir is None:
-            raise rule('expected an absolute path (needed by backend = "filesystem"), got nothing')
-        case "memory" if root_dir is not None:
-            raise rule(f'expected nothing (it is only for backend = "filesystem"), got {shown(root_dir)}')
-    return root_dir
-
-
-class StoreConfig(_Table):
-    """`[storage.cas]` or `[storage.action_cache]`."""
-
-    backend: Literal["filesystem", "memory"] = "filesystem"
-    """`memory` forgets everything when the server stops, and is bounded only by the machine."""
-    root_dir: Annotated[AbsolutePath | None, AfterValidator(_check_root_dir)] = None
-    """The directory that is the store. For `filesystem`: required; for `memory`: not allowed."""
-
-
-class StorageConfig(_Table):
-    """`[storage]`: blobs (`cas`) and action results (`action_cache`); by default directories in the state directory."""
-
-    cas: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=default_root("cas")))
-    action_cache: StoreConfig = Field(default_factory=lambda: StoreConfig(root_dir=default_root("action_cache")))
-
-
-# ---- [execution] -----------------------------------------------------------------------------------------------
-
-
-def _check_run_as_group(group: str | None, info: Info) -> str | None:
-    if group is not None and "run_as_user" in info.data and info.data["run_as_user"] is None:
-        raise rule(f"expected run_as_user beside it, got only {shown(group)}")
-    return group
-
-
-class HostWorkerConfig(_Table):
-    """`[[execution.pool.workers]]` with `type = "host"`: commands run as processes of this machine."""
-
-    type: Literal["host"] = "host"
-    count: Count = Field(default_factory=_cores)
-    """How many actions run at once; by default as many as there are cores."""
-    work_dir: AbsolutePath = Field(default_factory=lambda: default_work_dir("host"))
-    """Where input roots are prepared; best on the file system of the CAS. Never inside a store, or around one."""
-    use_chroot: bool = False
-    """Give each action a private root made of namespaces; the server does not start where that is impossible."""
-    env_whitelist: Annotated[
-        tuple[Annotated[str, pattern("[A-Za-z_][A-Za-z0-9_]*"), Expect("the name of an environment variable")], ...],
-        LIST,
-    ] = ()
-    """Variables of the server passed on to commands, below those of the command itself."""
-    run_as_user: UserOrId | None = None
-    """The user commands run as; needs the right to switch users."""
-    run_as_group: Annotated[UserOrId | None, AfterValidator(_check_run_as_group)] = None
-    """The group commands run as; without it the primary group of `run_as_user`."""
-    platform: Platform = Field(default_factory=dict)
-    """Platform properties declared beside OSFamily and Arch."""
-
-
-class VolumeConfig(_Table):
-    """`[[execution.pool.workers.volumes]]`: a directory of this machine that containers see."""
-
-    host_path: AbsolutePath
-    """The directory here."""
-    container_path: Annotated[
-        AbsolutePath, require(lambda path: path != Path("/")), Expect('an absolute path other than "/"')
-    ]
-    """Where containers see it."""
-    read_only: bool = True
-    """Whether commands can change it. What they write there is shared by all of them."""
-
-
-def _check_volumes(volumes: tuple[VolumeConfig, ...]) -> tuple[VolumeConfig, ...]:
-    targets = [volume.container_path for volume in volumes]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise rule(f"expected a different container_path in each, got {shown(target)} twice")
-    return volumes
-
-
-class DockerWorkerConfig(_Table):
-    """`[[execution.pool.workers]]` with `type = "docker"`: commands run in containers of one image."""
-
-    type: Literal["docker"] = "docker"
-    count: Count = 1
-    """How many actions run at once."""
-    image: Annotated[str, pattern(r"[A-Za-z0-9][^\s]*"), Expect("the name of a container image")]
-    """The image; it is also the value of the declared property `container-image`."""
-    always_pull: bool = False
-    """Ask the registry at every start; otherwise only when the image is not there."""
-    cpu_limit: Annotated[float, Field(ge=0.01, le=100_000), Expect("a number of cores of at least 0.01")] | None = None
-    """Cores a container may use; unlimited by default."""
-    memory_limit: Annotated[int, Field(ge=6 << 20, lt=1 << 63), Expect("at least 6291456 bytes")] | None = None
-    """Bytes of memory a container may use; unlimited by default. (Docker accepts nothing below 6 MiB.)"""
-    network_mode: Literal["none", "bridge", "host"] = "none"
-    """The network containers see."""
-    user: Annotated[str, pattern(f"{NAME_OR_ID}(:{NAME_OR_ID})?"), Expect('"user" or "user:group"')] | None = None
-    """Whom commands run as, by names of the image or by number; by default whom the image says."""
-    volumes: Annotated[tuple[VolumeConfig, ...], LIST, AfterValidator(_check_volumes)] = ()
-    """Directories of this machine that containers see."""
-    work_dir: AbsolutePath = Field(default_factory=lambda: default_work_dir("docker"))
-    """Where input roots are prepared; the Docker daemon must see the same directory under the same name."""
-    docker_host: (
-        Annotated[
-            str,
-            pattern(r"unix:///\S+|tcp://[^\s/:]+(:[0-9]{1,5})?/?|tcp://\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?/?"),
-            Expect('"unix:///path" or "tcp://host:port"'),
-        ]
-        | None
-    ) = None
-    """The Docker daemon; by default the one DOCKER_HOST names, else the standard socket."""
-    platform: Platform = Field(default_factory=dict)
-    """Platform properties declared beside OSFamily, Arch, container and container-image."""
-
-
-WorkerConfig = Annotated[HostWorkerConfig | DockerWorkerConfig, Field(discriminator="type")]
-
-
-def _check_max_timeout(max_timeout_s: float, info: Info) -> float:
-    default_s = info.data.get("default_task_timeout_seconds", 0)
-    if max_timeout_s < default_s:
-        raise rule(f"expected at least default_task_timeout_seconds ({default_s:g}), got {max_timeout_s:g}")
-    return max_timeout_s
-
-
-class PoolConfig(_Table):
-    """`[execution.pool]`: the queue, its times and the workers."""
-
-    max_queue_size: Count = 1000
-    """Actions that may wait; past it, Execute is answered RESOURCE_EXHAUSTED."""
-    scheduler_interval_ms: Annotated[int, Field(ge=1, le=60_000), Expect("an integer from 1 to 60000")] = 100
-    """The longest time between two looks at the queue; events wake the scheduler at once."""
-    default_task_timeout_seconds: Seconds = 3600.0
-    """The timeout of an action that names none."""
-    max_task_timeout_seconds: Annotated[Seconds, AfterValidator(_check_max_timeout)] = Field(
-        default_factory=lambda data: max(86_400.0, data["default_task_timeout_seconds"])
-    )
-    """The longest timeout an action may ask for. By default a day, or the default timeout where that is longer."""
-    result_ttl_seconds: Seconds = 300.0
-    """How long a finished operation stays attachable."""
-    abandoned_grace_seconds: Seconds = 300.0
-    """An execution that nobody watches any more is cancelled after this long."""
-    workers: Annotated[tuple[WorkerConfig, ...], LIST] = Field(default_factory=lambda: (HostWorkerConfig(),))
-    """What runs the actions, in order of preference. At least one while `capabilities.exec_enabled`."""
-
-
-class ExecutionConfig(_Table):
-    """`[execution]`."""
-
-    backend: Literal["pool"] = "pool"
-    """Where actions run: in the pool of this process."""
-    pool: PoolConfig = Field(default_factory=PoolConfig)
-
-
 # ---- [capabilities] --------------------------------------------------------------------------------------------
 
 
-class CapabilitiesConfig(_Table):
+class CapabilitiesConfig(Table):
     """`[capabilities]`: what clients are told and allowed."""
 
     digest_functions: Annotated[
@@ -309,7 +138,7 @@ class CapabilitiesConfig(_Table):
     """Whether symbolic links in outputs and inputs may point to absolute paths."""
 
 
-class Config(_Table):
+class Config(Table):
     """The whole configuration. Without any key it is the embedded default."""
 
     server: ServerConfig = Field(default_factory=ServerConfig)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from expbuild.config_problems import Expect, one_of
@@ -18,6 +18,12 @@ from expbuild.digest import DigestFunction
 
 _T = TypeVar("_T")
 _YEAR_S = 31_536_000
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys refused, no value converted, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 def require(is_valid: Callable[[_T], object]) -> AfterValidator:

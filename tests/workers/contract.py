@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from expbuild.config import DockerWorkerConfig, HostWorkerConfig
+from expbuild.config_workers import DockerWorkerConfig, HostWorkerConfig
 from expbuild.execution.input_root import create_workspace
 from expbuild.workers.base import Run, RunResult, Worker
 from expbuild.workers.docker import DockerWorker

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from expbuild.config import DockerWorkerConfig
+from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed
 from expbuild.workers.base import Owner
 from expbuild.workers.docker import DockerWorker

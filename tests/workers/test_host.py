@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from expbuild.config import HostWorkerConfig
+from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError
 from expbuild.workers.base import DEFAULT_PATH, Owner
 from expbuild.workers.host import HostWorker
@@ -352,7 +352,7 @@ async def test_contract_holds_for_an_ordinary_user(python_as_nobody: list[str]) 
 CONFIGURED_USER = """
 import asyncio, sys
 from pathlib import Path
-from expbuild.config import HostWorkerConfig
+from expbuild.config_workers import HostWorkerConfig
 from expbuild.workers.host import HostWorker
 from expbuild.workers.spawner_client import Spawner
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from typing import assert_never
 
-from expbuild.config import StorageConfig
+from expbuild.config_storage import StorageConfig
 from expbuild.digest import DigestFunction
 from expbuild.storage.action_cache import FilesystemActionCache
 from expbuild.storage.base import ActionCache, BlobStore

@@ -22,7 +22,7 @@ from aiodocker.containers import DockerContainer
 from aiodocker.exceptions import DockerError
 from aiodocker.stream import Message, Stream
 
-from expbuild.config import DockerWorkerConfig
+from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
 from expbuild.platform_properties import WorkerProperties, docker_properties
 from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult

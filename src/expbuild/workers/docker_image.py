@@ -11,7 +11,7 @@ import structlog
 from aiodocker.containers import DockerContainer
 from aiodocker.exceptions import DockerError
 
-from expbuild.config import DockerWorkerConfig
+from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import WorkerFailed
 from expbuild.workers.docker_daemon import Daemon
 

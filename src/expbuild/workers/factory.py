@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, assert_never
 
-from expbuild.config import DockerWorkerConfig, HostWorkerConfig, WorkerConfig
+from expbuild.config_workers import DockerWorkerConfig, HostWorkerConfig, WorkerConfig
 from expbuild.workers.base import Worker
 from expbuild.workers.docker import DockerWorker
 from expbuild.workers.host import HostWorker

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
 
-from expbuild.config import HostWorkerConfig
+from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
 from expbuild.platform_properties import WorkerProperties, host_properties
 from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult

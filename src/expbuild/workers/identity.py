@@ -6,7 +6,7 @@ import grp
 import os
 import pwd
 
-from expbuild.config import HostWorkerConfig
+from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import StartupError
 from expbuild.workers.base import Owner
 

@@ -1,0 +1,48 @@
+"""The `[execution]` tables of the configuration: the queue, its times and what it may take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic import ValidationInfo as Info
+
+from expbuild.config_problems import Expect
+from expbuild.config_types import LIST, Count, Seconds, Table, rule
+from expbuild.config_workers import HostWorkerConfig, WorkerConfig
+
+
+def _check_max_timeout(max_timeout_s: float, info: Info) -> float:
+    default_s = info.data.get("default_task_timeout_seconds", 0)
+    if max_timeout_s < default_s:
+        raise rule(f"expected at least default_task_timeout_seconds ({default_s:g}), got {max_timeout_s:g}")
+    return max_timeout_s
+
+
+class PoolConfig(Table):
+    """`[execution.pool]`: the queue, its times and the workers."""
+
+    max_queue_size: Count = 1000
+    """Actions that may wait; past it, Execute is answered RESOURCE_EXHAUSTED."""
+    scheduler_interval_ms: Annotated[int, Field(ge=1, le=60_000), Expect("an integer from 1 to 60000")] = 100
+    """The longest time between two looks at the queue; events wake the scheduler at once."""
+    default_task_timeout_seconds: Seconds = 3600.0
+    """The timeout of an action that names none."""
+    max_task_timeout_seconds: Annotated[Seconds, AfterValidator(_check_max_timeout)] = Field(
+        default_factory=lambda data: max(86_400.0, data["default_task_timeout_seconds"])
+    )
+    """The longest timeout an action may ask for. By default a day, or the default timeout where that is longer."""
+    result_ttl_seconds: Seconds = 300.0
+    """How long a finished operation stays attachable."""
+    abandoned_grace_seconds: Seconds = 300.0
+    """An execution that nobody watches any more is cancelled after this long."""
+    workers: Annotated[tuple[WorkerConfig, ...], LIST] = Field(default_factory=lambda: (HostWorkerConfig(),))
+    """What runs the actions, in order of preference. At least one while `capabilities.exec_enabled`."""
+
+
+class ExecutionConfig(Table):
+    """`[execution]`."""
+
+    backend: Literal["pool"] = "pool"
+    """Where actions run: in the pool of this process."""
+    pool: PoolConfig = Field(default_factory=PoolConfig)
