@@ -17,7 +17,7 @@ from expbuild.storage.budget import Budget
 from expbuild.storage.envelope import Entry, unwrap_result, wrap
 from expbuild.storage.files import TempFile, renew_stamp, storage_errors
 from expbuild.storage.policy import UNLIMITED, StorePolicy
-from expbuild.storage.root import Durability, StoreRoot, away_name, put_back
+from expbuild.storage.root import Durability, StoreRoot
 
 log = structlog.get_logger()
 
@@ -64,21 +64,11 @@ class FilesystemActionCache:
             return
         stored = False
         try:
-            self._write(key, data)
+            with self.budget.watched():
+                self._write(key, data)
             stored = True
         finally:
             self.budget.release(len(data), stored=stored)
-
-    async def discard(self, key: ActionKey, result: ActionResult) -> None:
-        """Take the entry away, look at it, and put it back if it is another result by now."""
-        name = entry_name(key)
-        away = away_name(name)
-        with contextlib.suppress(OSError):  # another server did it, or the disk fails; the entry is a miss all the same
-            os.rename(name, away, src_dir_fd=self._root_fd, dst_dir_fd=self._root_fd)
-            if unwrap_result((self.root.path / away).read_bytes()) == result:
-                os.unlink(away, dir_fd=self._root_fd)
-            else:
-                put_back(self._root_fd, name)
 
     def _store(self, key: ActionKey, data: bytes) -> None:
         with self.budget.reserved(len(data)):

@@ -100,9 +100,6 @@ class ActionCache(Protocol):
         invocation_id: of the build that brought it, for those who look into the store.
         """
 
-    async def discard(self, key: ActionKey, result: ActionResult) -> None:
-        """Remove this result, which is of no use any more, unless another has taken its place."""
-
 
 async def read_blob(store: BlobStore, digest: Digest) -> bytes:
     """Return a whole blob; for blobs whose size the caller has bounded. Raises BlobNotFound, StorageUnavailable."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from expbuild.errors import StorageFull
+from expbuild.storage.files import FULL
 from expbuild.storage.root import StoreRoot
 
 BLOCK_BYTES = 4096
@@ -17,6 +18,9 @@ BLOCK_BYTES = 4096
 
 _LOOK_AGAIN_S = 0.2
 """Free space is asked for at most this often; between two looks we count ourselves."""
+
+_BELIEVE_FULL_S = 2.0
+"""So long after a write failed for lack of space we take the disk for full, unless something was evicted."""
 
 _LOW_WATER = 0.95
 """Eviction goes down to this part of the limit, so that it is not needed again at once."""
@@ -49,7 +53,7 @@ class Budget:
         self._max_size_bytes = max_size_bytes
         self._min_free_bytes = min_free_bytes
         self._lock = threading.Lock()
-        self._looked_at = 0.0
+        self._looked_at = self._full_until = 0.0
         self._free_bytes = self._free_inodes = 0
         self._least_bytes = self._least_inodes = 0
         self._reserved_bytes = self._reserved_files = 0
@@ -86,10 +90,18 @@ class Budget:
             if stored:
                 self._count(need, 1)
 
-    def add(self, size_bytes: int) -> None:
-        """Count a file that was made without a reservation."""
-        with self._lock:
-            self._count(allocated(size_bytes), 1)
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Learn from an attempt in the block that fails for lack of space, though we thought there was some."""
+        try:
+            yield
+        except StorageFull:
+            self._learn_full()
+            raise
+        except OSError as error:
+            if error.errno in FULL:
+                self._learn_full()
+            raise
 
     @contextlib.contextmanager
     def reserved(self, size_bytes: int) -> Iterator[None]:
@@ -97,7 +109,8 @@ class Budget:
         self.reserve(size_bytes)
         stored = False
         try:
-            yield
+            with self.watched():
+                yield
             stored = True
         finally:
             self.release(size_bytes, stored=stored)
@@ -107,7 +120,7 @@ class Budget:
         with self._lock:
             self.used_bytes = max(0, self.used_bytes - size_bytes)
             self.used_files = max(0, self.used_files - files)
-            self._looked_at = 0.0
+            self._looked_at = self._full_until = 0.0
 
     def counted(self, used_bytes: int, used_files: int) -> None:
         """Take what a scan has counted in place of what we counted ourselves."""
@@ -137,7 +150,13 @@ class Budget:
         spare_bytes = int(self._least_bytes / part) - self._least_bytes + need
         free = self._least_bytes + self._reserved_bytes + spare_bytes - self._free_bytes
         inodes = self._least_inodes + self._reserved_files + files - self._free_inodes
+        if time.monotonic() < self._full_until:
+            free, inodes = max(free, BLOCK_BYTES), max(inodes, 1)
         return Shortage(max(0, over), max(0, free), max(0, inodes))
+
+    def _learn_full(self) -> None:
+        with self._lock:
+            self._full_until = time.monotonic() + _BELIEVE_FULL_S
 
     def _look(self) -> None:
         now = time.monotonic()

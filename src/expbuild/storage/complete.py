@@ -40,15 +40,11 @@ class CompleteActionCache:
             return None
         if missing:
             log.info("action_result.incomplete", action_digest=str(key.action_digest), missing=len(missing))
-            await self._base.discard(key, result)
             return None
         return result
 
     async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
         await self._base.put(key, result, invocation_id=invocation_id)
-
-    async def discard(self, key: ActionKey, result: ActionResult) -> None:
-        await self._base.discard(key, result)
 
     async def _referenced_blobs(self, result: ActionResult, function: DigestFunction) -> set[Digest]:
         """Return every blob a client may fetch on the strength of this result. Raises _Unusable."""

@@ -20,7 +20,7 @@ MTIME_NS = 946_684_800 * 10**9
 STAMP_RENEWAL_S = 300
 """A promise stamp (atime) younger than this is not renewed: one write per file and few minutes is enough."""
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR})
 
 
@@ -30,7 +30,7 @@ def storage_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StorageFull(
                 f"cannot {what}: no space left on the storage device; free space or try again later"
             ) from error

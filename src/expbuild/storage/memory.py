@@ -97,7 +97,3 @@ class MemoryActionCache:
 
     async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
         self._results[key] = result.SerializeToString(deterministic=True)
-
-    async def discard(self, key: ActionKey, result: ActionResult) -> None:
-        if self._results.get(key) == result.SerializeToString(deterministic=True):
-            del self._results[key]

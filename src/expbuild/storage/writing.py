@@ -75,7 +75,7 @@ class SmallWriter:
             return
         stored = False
         try:
-            with storage_errors(f"write blob {target.digest}"):
+            with target.budget.watched(), storage_errors(f"write blob {target.digest}"):
                 target.publish_small(data)
             stored = True
         finally:
@@ -132,7 +132,7 @@ class LargeWriter:
         data = b"".join(self._pending)
         self._pending.clear()
         self._pending_bytes = 0
-        with storage_errors(f"write blob {self._digest}"):
+        with self._target.budget.watched(), storage_errors(f"write blob {self._digest}"):
             if self._temp is None:
                 self._temp = TempFile(self._target.root)
             self._hasher.update(data)
@@ -142,7 +142,7 @@ class LargeWriter:
         self._flush()
         check_hash(self._digest, self._received, self._hasher.hexdigest())
         assert self._temp is not None  # _flush made it
-        with storage_errors(f"write blob {self._digest}"):
+        with self._target.budget.watched(), storage_errors(f"write blob {self._digest}"):
             self._target.publish(self._temp)
         self._stored = True
 
