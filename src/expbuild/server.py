@@ -37,7 +37,8 @@ from expbuild.digest import DigestFunctions
 from expbuild.errors import ExpbuildError
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.manager import ExecutionManager, ManagerPolicy
-from expbuild.execution.pool import WorkerPool
+from expbuild.execution.pool import PoolPolicy, WorkerPool
+from expbuild.execution.resources import Capacity
 from expbuild.execution.runner import ActionRunner, OutputLimits
 from expbuild.storage.base import ActionCache, BlobStore
 from expbuild.storage.factory import Stores, create_stores
@@ -96,8 +97,12 @@ async def _serve_from(
             workers.all,
             runner,
             tasks,
-            max_queue_size=pool_config.max_queue_size,
-            interval_s=pool_config.scheduler_interval_ms / 1000,
+            PoolPolicy(
+                max_queue_size=pool_config.max_queue_size,
+                interval_s=pool_config.scheduler_interval_ms / 1000,
+                queue_timeout_s=pool_config.queue_timeout_seconds,
+                capacity=Capacity(pool_config.cpu_cores, pool_config.memory_bytes),
+            ),
         )
         kinds: Counter[str] = Counter()
         for worker in pool_config.workers:

@@ -68,6 +68,11 @@ class HostWorker:
         """See Worker. Known after `start`."""
         return self._owner
 
+    @property
+    def progress(self) -> str:
+        """See Worker: there is no image."""
+        return ""
+
     async def start(self) -> None:
         """Prepare the work directory, remove what an earlier server left in it, and prove that commands run.
 
@@ -101,6 +106,13 @@ class HostWorker:
             )
             result = await (self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn))
         return self._to_run_result(run, environment["PATH"], result)
+
+    async def check(self) -> None:
+        """See Worker: it must be able to start a process, and to write into its directory."""
+        try:
+            await self._prove()
+        except (StartupError, OSError) as error:
+            raise WorkerFailed(str(error)) from error
 
     async def close(self) -> None:
         """Remove the work directory. Called when no run is in progress and all workspaces are gone."""
