@@ -32,6 +32,8 @@ Examples:
   re-server --config expbuild.toml           serve as the file says
   re-server check-config expbuild.toml       print what the file means, or all that is wrong with it
   re-server check-config > expbuild.toml     start a file of your own from the built-in configuration
+  re-server status --watch                   show what a running server does
+  re-server why                              say why actions wait
   re-server new-token alice --right write    make a token for the file that auth.tokens_file names
   bazel build --remote_executor=grpc://127.0.0.1:8980 //...
 
@@ -97,6 +99,13 @@ def new_token(name: str, right: str) -> None:
     click.echo(token)
 
 
+def _add_commands() -> None:
+    """Add the commands that have modules of their own."""
+    from expbuild import cli_status
+
+    cli_status.add_to(main, _load)
+
+
 def _load(config_file: Path | None) -> Config:
     """Return the configuration; with problems, list them all on stderr and exit with 2."""
     from expbuild.config import default_config, load_config
@@ -148,3 +157,6 @@ def _fail(exit_code: int, *lines: str) -> NoReturn:
     with suppress(OSError):  # nobody reads stderr; the exit code still tells
         click.echo("\n".join(["re-server: " + lines[0], *lines[1:]]), err=True)
     sys.exit(exit_code)
+
+
+_add_commands()

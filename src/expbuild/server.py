@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from expbuild import reapi
 from expbuild.api.action_cache import ActionCacheService
+from expbuild.api.admin import AdminService, serve_admin
 from expbuild.api.auth import Authenticator, load_tokens
 from expbuild.api.bytestream import ByteStreamService
 from expbuild.api.capabilities import CapabilitiesService
@@ -84,7 +85,8 @@ async def _serve_from(
     log.info("storage.initialised", cas=_place(config.storage.cas), action_cache=_place(config.storage.action_cache))
     servicers = _Servicers(config, blobs, action_cache, functions)
     if not config.capabilities.exec_enabled:
-        await _listen(config, servicers, stop)
+        async with _admin(config, AdminService(None, stores.caretaker.status)):
+            await _listen(config, servicers, stop)
         return
     async with Workers(config.execution.pool.workers) as workers, asyncio.TaskGroup() as tasks:
         absolute_symlinks = config.capabilities.symlink_absolute_path_strategy == "ALLOWED"
@@ -119,8 +121,22 @@ async def _serve_from(
         manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
         servicers.add_execution(manager)
         keeper = tasks.create_task(pool.keep(), name="pool")
-        await _listen(config, servicers, stop, manager)
+        async with _admin(config, AdminService(manager, stores.caretaker.status)):
+            await _listen(config, servicers, stop, manager)
         keeper.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _admin(config: Config, service: AdminService) -> AsyncIterator[None]:
+    """Answer the operator while the context lasts."""
+    server = await serve_admin(config.admin_socket, service)
+    try:
+        yield
+    finally:
+        if server is not None:
+            await server.stop(1.0)
+            with contextlib.suppress(OSError):
+                config.admin_socket.unlink()
 
 
 class _Servicers:

@@ -184,6 +184,11 @@ class WorkerPool:
         """Every worker, in order of preference."""
         return list(self._slots.values())
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing is started any more."""
+        return self._draining
+
     def queued(self) -> list[Execution]:
         """Return what waits for a worker, in order of arrival."""
         return [waiting.execution for waiting in self._queue.values()]

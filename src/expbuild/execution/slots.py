@@ -72,14 +72,14 @@ class Slot:
         """Use this worker no more until it has started again."""
         if reason == self.offline_reason:
             return
-        if not self.offline_reason:
+        if not self.offline_reason or not self.offline_since_s:
             self.offline_since_s = now_s
         self.offline_reason = reason
         log.warning("worker.offline", worker=self.worker.name, reason=reason)
 
     def go_online(self) -> None:
         """Use this worker again."""
-        self.offline_reason = ""
+        self.offline_reason, self.offline_since_s = "", 0.0
         log.info("worker.registered", worker=self.worker.name, platform=str(self.worker.properties))
 
     def fail(self, reason: str, now_s: float) -> None:
