@@ -352,8 +352,9 @@ class WorkerPool:
                 if now_s >= slot.try_at_s:
                     slot.try_at_s = now_s + REVIVAL_INTERVAL_S
                     self._begin_start(slot)
-            elif now_s >= slot.checked_at_s + CHECK_INTERVAL_S and (slot.check is None or slot.check.done()):
+            elif now_s >= slot.checked_at_s + CHECK_INTERVAL_S and not slot.is_checking:
                 slot.check = self._tasks.create_task(self._verify(slot), name=f"check {slot.worker.name}")
+                slot.check.add_done_callback(lambda _: self._assign())
 
     async def _verify(self, slot: Slot) -> None:
         await slot.verify(self._now())

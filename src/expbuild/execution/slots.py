@@ -52,8 +52,13 @@ class Slot:
         return self.start is not None and not self.start.done()
 
     @property
+    def is_checking(self) -> bool:
+        return self.check is not None and not self.check.done()
+
+    @property
     def is_idle(self) -> bool:
-        return self.running is None and not self.offline_reason
+        """Whether it could take an action now. Not while it proves that it could: one command at a time."""
+        return self.running is None and not self.offline_reason and not self.is_checking
 
     @property
     def state(self) -> str:

@@ -45,6 +45,7 @@ class HostWorker:
         self._properties = host_properties(config.platform)
         self._owner: Owner | None = None
         self._sandbox: Sandbox | None = None
+        self._level: Level = "none"
         self._lock_fd: int | None = None
 
     @property
@@ -91,6 +92,7 @@ class HostWorker:
                     raise
                 reasons.append(f"not {level}: {error}")
             else:
+                self._level = level
                 log.info("worker.isolated", worker=self._name, isolation=level, reason="; ".join(reasons))
                 return
 
@@ -130,7 +132,7 @@ class HostWorker:
     async def check(self) -> None:
         """See Worker: it must be able to start a process, and to write into its directory."""
         try:
-            await self._prove()
+            await self._prove(self._level)
         except (StartupError, OSError) as error:
             raise WorkerFailed(str(error)) from error
 
