@@ -12,6 +12,7 @@ import structlog
 
 from expbuild.digest import Digest, DigestFunction
 from expbuild.storage.base import CHUNK_BYTES
+from expbuild.storage.files import open_unnoticed
 from expbuild.storage.filesystem import FilesystemBlobStore
 from expbuild.storage.janitor import Janitor
 
@@ -81,12 +82,8 @@ class Scrubber:
         suffix = ".x" if rest.endswith(".x") else ""
         hash_text, _, size = rest.removesuffix(suffix).rpartition("/")[2].partition("-")
         digest = Digest(hash_text, int(size), DigestFunction[function.upper()])
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileNotFoundError):
-            try:
-                fd = os.open(name, flags | os.O_NOATIME, dir_fd=self._blobs.root.fd)
-            except PermissionError:  # somebody else's file: its time of use is not ours to keep
-                fd = os.open(name, flags, dir_fd=self._blobs.root.fd)
+            fd = open_unnoticed(name, self._blobs.root.fd)
             try:
                 with contextlib.suppress(OSError):  # so that the disk is read, not memory
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
