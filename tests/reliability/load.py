@@ -22,6 +22,7 @@ SHA256 = DigestFunction.SHA256
 
 CHUNK_BYTES = 64 << 10
 _BUSY_CALLS = 8
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 WRITES = frozenset({"upload", "upload-large", "execute", "cache-write"})
 """The kinds of call in which a server that dies has something half done."""
 
@@ -94,7 +95,7 @@ class Load:
                 if self._calls == _BUSY_CALLS:
                     self.is_busy.set()
             except grpc.aio.AioRpcError as error:
-                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
+                if error.code() in _GONE or "Internal error from Core" in str(error.details()):
                     return  # the server is gone; what this call wanted was never acknowledged
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise

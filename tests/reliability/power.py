@@ -65,7 +65,10 @@ async def run(directory: Path, cuts: int, seed: int, durability: str) -> Report:
                 load = Load(history, rng)
                 working = asyncio.create_task(load.run(server.address))
                 await load.is_busy.wait()
-                await asyncio.sleep(rng.uniform(0, 0.5))
+                await asyncio.sleep(rng.uniform(0, 0.25))
+                if rng.random() < 0.5:  # what the kernel does every half minute
+                    await asyncio.to_thread(subprocess.run, ["sync", "--file-system", str(disk)], check=True)
+                await asyncio.sleep(rng.uniform(0, 0.25))
                 before = History(blobs=dict(history.blobs), actions=dict(history.actions))
                 await asyncio.to_thread(copy_image, server.pid, image, directory / "copy")
                 working.cancel()

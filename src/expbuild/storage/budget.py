@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from expbuild.errors import StorageFull
-from expbuild.storage.files import FULL
+from expbuild.storage.files import FULL, storage_errors
 from expbuild.storage.root import StoreRoot
 
 BLOCK_BYTES = 4096
@@ -76,7 +76,8 @@ class Budget:
         if self.try_reserve(size_bytes):
             return
         if self.make_room is not None:
-            self.make_room(size_bytes)
+            with storage_errors("make room"):
+                self.make_room(size_bytes)
             if self.try_reserve(size_bytes):
                 return
         raise StorageFull(self._explain(size_bytes))
