@@ -1,5 +1,6 @@
 """The command line: `re-server` serves, `check-config` explains a configuration, `new-token` makes a credential.
 
+`storage` looks after what is stored (`cli_storage.py`).
 Exit codes: 0 stopped as asked, 1 could not start or failed, 2 wrong usage or configuration, 130 interrupted.
 What a command needs is imported inside it, so that all but serving answers at once and never loads gRPC.
 """
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from expbuild import __version__
+from expbuild.cli_status import add_to as add_status_commands
+from expbuild.cli_storage import storage
 
 if TYPE_CHECKING:
     from expbuild.config import Config
@@ -34,6 +37,7 @@ Examples:
   re-server check-config > expbuild.toml     start a file of your own from the built-in configuration
   re-server status --watch                   show what a running server does
   re-server why                              say why actions wait
+  re-server storage stats                    what the stores hold (also: verify, gc, rm, ac)
   re-server new-token alice --right write    make a token for the file that auth.tokens_file names
   bazel build --remote_executor=grpc://127.0.0.1:8980 //...
 
@@ -99,13 +103,6 @@ def new_token(name: str, right: str) -> None:
     click.echo(token)
 
 
-def _add_commands() -> None:
-    """Add the commands that have modules of their own."""
-    from expbuild import cli_status
-
-    cli_status.add_to(main, _load)
-
-
 def _load(config_file: Path | None) -> Config:
     """Return the configuration; with problems, list them all on stderr and exit with 2."""
     from expbuild.config import default_config, load_config
@@ -159,4 +156,5 @@ def _fail(exit_code: int, *lines: str) -> NoReturn:
     sys.exit(exit_code)
 
 
-_add_commands()
+main.add_command(storage)
+add_status_commands(main, _load)
