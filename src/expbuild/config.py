@@ -70,6 +70,14 @@ class ServerConfig(Table):
     size into memory before anybody looks at the token.
     """
 
+    drain_timeout_seconds: Annotated[
+        float, Field(ge=0, le=86_400, allow_inf_nan=False), Expect("seconds from 0 to 86400")
+    ] = 60.0
+    """How long running actions may take to finish after SIGTERM; 0 ends them at once. A second SIGTERM does so too.
+
+    A service manager has to wait longer than this before it kills (`TimeoutStopSec`).
+    """
+
     @property
     def host(self) -> str:
         """The host of `address`, without the brackets of an IPv6 address."""

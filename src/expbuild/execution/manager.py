@@ -127,6 +127,11 @@ class ExecutionManager:
         self._promises.add(execution)
         return self._operations.create(execution)
 
+    @property
+    def pool(self) -> WorkerPool:
+        """What runs the executions."""
+        return self._pool
+
     def operation(self, name: str) -> Operation:
         """Return a known operation. Raises OperationNotFound."""
         return self._operations.get(name)

@@ -83,6 +83,8 @@ class WorkerPool:
         self._interval_s = interval_s
         self._queue: dict[str, _Waiting] = {}
         self._admitted: set[str] = set()
+        self._draining = False
+        self._at_rest = asyncio.Event()
 
     async def start(self) -> None:
         """Start every worker, all at once.
@@ -150,8 +152,40 @@ class WorkerPool:
                 if execution.attempts >= MAX_ATTEMPTS:
                     raise
             finally:
-                slot.running = None
-                self._assign()
+                self._release(slot)
+
+    # ---- what can be seen from outside -----------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Sequence[_Slot]:
+        """Every worker, in order of preference."""
+        return list(self._slots.values())
+
+    def queued(self) -> list[Execution]:
+        """Return what waits for a worker, in order of arrival."""
+        return [waiting.execution for waiting in self._queue.values()]
+
+    # ---- draining --------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Start nothing more; what waits is held, what runs goes on."""
+        self._draining = True
+        self._note_rest()
+
+    async def wait_until_at_rest(self) -> None:
+        """Wait until, after `drain`, nothing runs."""
+        await self._at_rest.wait()
+
+    def _note_rest(self) -> None:
+        if self._draining and not any(slot.running for slot in self._slots.values()):
+            self._at_rest.set()
+
+    # ---- queue and slots -------------------------------------------------------------------------------------
+
+    def _release(self, slot: _Slot) -> None:
+        slot.running = None
+        self._note_rest()
+        self._assign()
 
     async def _run(self, execution: Execution, slot: _Slot) -> Outcome:
         execution.attempts += 1
@@ -173,12 +207,13 @@ class WorkerPool:
         except asyncio.CancelledError:
             self._queue.pop(execution.id, None)
             if waiting.slot.done() and not waiting.slot.cancelled():
-                waiting.slot.result().running = None
-                self._assign()
+                self._release(waiting.slot.result())
             raise
 
     def _assign(self) -> None:
         """Give idle workers to queued executions. No await: what is decided is marked before anything else happens."""
+        if self._draining:
+            return
         idle = [slot.view for slot in self._slots.values() if slot.is_idle]
         if not idle or not self._queue:
             return
