@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import select
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +22,7 @@ from tests.support.server import ReServer, host_pool_config, patience
 
 UNIT = Path(__file__).parents[1] / "packaging" / "expbuild.service"
 PATIENCE_S = patience(60)
-START_BOUND_S = 10
+START_BOUND_S = 20
 """The goal is 2 s; a machine that does five other things at a time may take longer."""
 
 
@@ -104,9 +102,8 @@ def test_it_listens_soon_after_it_was_started(scratch: Path) -> None:
 def test_systemd_accepts_the_unit(scratch: Path) -> None:
     """No warning, no error, but for the program, which is not installed where the unit says."""
     unit = scratch / "expbuild.service"
-    text, count = re.subn(
-        r"(?m)^ExecStart=\S+", f"ExecStart={shutil.which('true') or sys.executable}", UNIT.read_text()
-    )
+    nothing = f"ExecStart={require_tool('true')}"
+    text, count = re.subn(r"(?m)^ExecStart=\S+", nothing, UNIT.read_text())
     assert count == 1
     unit.write_text(text)
     command = [require_tool("systemd-analyze"), "verify", "--man=no", str(unit)]
