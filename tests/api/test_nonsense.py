@@ -428,4 +428,6 @@ def test_every_bad_action_ends_with_a_proper_status(wire: Wire) -> None:
 def test_server_has_noticed_no_fault_of_its_own(nonsense_server: ReServer) -> None:
     """Last in this module: nothing of the above was an internal error."""
     assert nonsense_server.events("rpc.crashed") == []
-    assert "Traceback" not in nonsense_server.log_text()
+    # grpcio says so, with a traceback of its own, when a client has gone in the middle of an answer: Watch does.
+    log = [line for line in nonsense_server.log_text().splitlines() if '"ExecuteBatchError raised in core' not in line]
+    assert [line for line in log if "Traceback" in line] == []
