@@ -72,6 +72,10 @@ def test_the_example_file_parses_and_every_value_lands() -> None:
         count=4,
         work_dir=Path("/tmp/expbuild-host-workers"),
         use_chroot=False,
+        isolation="auto",
+        network=False,
+        read_only_paths=(Path("/opt"),),
+        slot_uids=(60800, 61183),
         env_whitelist=("PATH", "HOME", "USER"),
         run_as_user="nobody",
         run_as_group="nogroup",
@@ -417,9 +421,36 @@ def test_address(address: str, host: str, port: int) -> None:
             f"{HOST}platform = []", f"{WORKER}.platform: expected a table of strings, got an empty list", id="platform"
         ),
         pytest.param(
+            f"{HOST}isolation = 'chroot'",
+            f'{WORKER}.isolation: expected "auto", "none", "uid" or "namespaces", got "chroot"',
+            id="isolation",
+        ),
+        pytest.param(
+            f"{HOST}use_chroot = true\nisolation = 'uid'",
+            f'{WORKER}.isolation: expected "namespaces" or "auto" beside use_chroot, got "uid"',
+            id="isolation-against-chroot",
+        ),
+        pytest.param(
+            f"{HOST}chroot_root = 'input'",
+            f'{WORKER}.chroot_root: expected use_chroot = true beside it, got only "input"',
+            id="chroot-root-without-chroot",
+        ),
+        pytest.param(
+            f"{HOST}slot_uids = [60900, 60800]",
+            f"{WORKER}.slot_uids: expected the first and the last number, got a list",
+            id="slot-uids",
+        ),
+        pytest.param(
+            f"{HOST}slot_uids = [60800, 60900]\n{HOST}slot_uids = [60900, 61000]",
+            "execution.pool.workers: expected slot_uids of the host workers equal or apart, got [60800, 60900] and "
+            "[60900, 61000]",
+            id="slot-uids-overlap",
+        ),
+        pytest.param(
             f"{HOST}image = 'i'",
-            f"{WORKER}.image: unknown key; known here: type, count, work_dir, use_chroot, env_whitelist, run_as_user, "
-            "run_as_group, memory_limit, cpu_limit, max_processes, max_open_files, platform",
+            f"{WORKER}.image: unknown key; known here: type, count, work_dir, use_chroot, isolation, chroot_root, "
+            "network, read_only_paths, slot_uids, env_whitelist, run_as_user, run_as_group, "
+            "memory_limit, cpu_limit, max_processes, max_open_files, platform",
             id="host-with-docker-key",
         ),
         # docker workers
