@@ -1,5 +1,6 @@
 """The command line: `re-server` serves, `check-config` explains a configuration, `new-token` makes a credential.
 
+`storage` looks after what is stored (`cli_storage.py`).
 Exit codes: 0 stopped as asked, 1 could not start or failed, 2 wrong usage or configuration, 130 interrupted.
 What a command needs is imported inside it, so that all but serving answers at once and never loads gRPC.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from expbuild import __version__
+from expbuild.cli_storage import storage
 
 if TYPE_CHECKING:
     from expbuild.config import Config
@@ -32,6 +34,7 @@ Examples:
   re-server --config expbuild.toml           serve as the file says
   re-server check-config expbuild.toml       print what the file means, or all that is wrong with it
   re-server check-config > expbuild.toml     start a file of your own from the built-in configuration
+  re-server storage stats                    what the stores hold (also: verify, gc, rm, ac)
   re-server new-token alice --right write    make a token for the file that auth.tokens_file names
   bazel build --remote_executor=grpc://127.0.0.1:8980 //...
 
@@ -95,6 +98,9 @@ def new_token(name: str, right: str) -> None:
     click.echo("Add this line to the file that auth.tokens_file names; the token itself is shown only now.", err=True)
     click.echo(line, err=True)
     click.echo(token)
+
+
+main.add_command(storage)
 
 
 def _load(config_file: Path | None) -> Config:

@@ -72,7 +72,8 @@ async def _serve(
 ) -> None:
     functions = DigestFunctions(config.capabilities.digest_functions)
     stores = create_stores(config.storage, functions.enabled, storage)
-    with stores.caretaker:
+    # What still runs in threads when all else has ended uses the stores: they are closed after that.
+    with stores.caretaker, storage, workspaces:
         await _serve_from(config, stores, functions, workspaces, stop)
 
 

@@ -186,7 +186,9 @@ class TestActionResults:
             for number in range(6):
                 age(blobs, await store(blobs, number), 20 * HOUR_S if number < 3 else 0)
             await store(blobs, 100)
-            assert sorted(files_below(tmp_path / "ac")) == names[1:]
+            await asyncio.to_thread(
+                wait_until, lambda: sorted(files_below(tmp_path / "ac")) == names[1:], timeout_s=60, what="one went"
+            )
 
     async def test_status_counts(self, tmp_path: Path, executor: Executor) -> None:
         blobs = FilesystemBlobStore(tmp_path / "cas", [SHA256], executor)

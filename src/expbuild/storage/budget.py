@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from expbuild.errors import StorageFull
-from expbuild.storage.files import FULL
+from expbuild.storage.files import FULL, storage_errors
 from expbuild.storage.root import StoreRoot
 
 BLOCK_BYTES = 4096
@@ -21,9 +21,6 @@ _LOOK_AGAIN_S = 0.2
 
 _BELIEVE_FULL_S = 2.0
 """So long after a write failed for lack of space we take the disk for full, unless something was evicted."""
-
-_LOW_WATER = 0.95
-"""Eviction goes down to this part of the limit, so that it is not needed again at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,8 @@ class Budget:
         if self.try_reserve(size_bytes):
             return
         if self.make_room is not None:
-            self.make_room(size_bytes)
+            with storage_errors("make room"):
+                self.make_room(size_bytes)
             if self.try_reserve(size_bytes):
                 return
         raise StorageFull(self._explain(size_bytes))
@@ -127,14 +125,14 @@ class Budget:
         with self._lock:
             self.used_bytes, self.used_files = used_bytes, used_files
 
-    def shortage(self, size_bytes: int = 0, *, low_water: bool = False) -> Shortage:
+    def shortage(self, size_bytes: int = 0, *, fill: float = 1.0) -> Shortage:
         """Return what is lacking to store a file of `size_bytes` (0: to stay within the limits).
 
-        low_water: to have some room beyond that.
+        fill: the part of the limits to stay within.
         """
         with self._lock:
             self._looked_at = 0.0
-            return self._shortage(allocated(size_bytes) if size_bytes else 0, 1 if size_bytes else 0, low_water)
+            return self._shortage(allocated(size_bytes) if size_bytes else 0, 1 if size_bytes else 0, fill)
 
     @property
     def free_bytes(self) -> int:
@@ -142,12 +140,11 @@ class Budget:
         found = os.statvfs(self._root.fd)
         return found.f_bavail * found.f_frsize
 
-    def _shortage(self, need: int, files: int, low_water: bool = False) -> Shortage:
+    def _shortage(self, need: int, files: int, fill: float = 1.0) -> Shortage:
         self._look()
-        part = _LOW_WATER if low_water else 1
         limit = self._max_size_bytes
-        over = 0 if limit is None else self.used_bytes + self._reserved_bytes + need - int(limit * part)
-        spare_bytes = int(self._least_bytes / part) - self._least_bytes + need
+        over = 0 if limit is None else self.used_bytes + self._reserved_bytes + need - int(limit * fill)
+        spare_bytes = int(self._least_bytes / fill) - self._least_bytes + need
         free = self._least_bytes + self._reserved_bytes + spare_bytes - self._free_bytes
         inodes = self._least_inodes + self._reserved_files + files - self._free_inodes
         if time.monotonic() < self._full_until:

@@ -58,13 +58,14 @@ class Caretaker:
         self._stores = [store for store in (blobs, action_cache) if store is not None]
         self._janitors = [Janitor(store.root, store.policy, store.budget) for store in self._stores]
         self._scrubber = None if blobs is None else Scrubber(blobs, self._janitors[0])
+        self._results_before_ns = self._results_done_ns = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="caretaker", daemon=True)
         for store, janitor in zip(self._stores, self._janitors, strict=True):
             store.budget.make_room = janitor.make_room
         if len(self._janitors) == 2:
             # A hit renews its entry and its blobs alike. So what is older than blobs that went has lost its own.
-            self._janitors[0].evicted = self._janitors[1].evict_before
+            self._janitors[0].evicted = self._note_evicted
 
     def __enter__(self) -> Self:
         if self._stores:
@@ -103,6 +104,15 @@ class Caretaker:
             )
         return found
 
+    def _note_evicted(self, stamp_ns: int) -> None:
+        self._results_before_ns = max(self._results_before_ns, stamp_ns)
+
+    def _evict_results(self) -> None:
+        before_ns = self._results_before_ns
+        if before_ns > self._results_done_ns:
+            self._janitors[1].evict_before(before_ns)
+            self._results_done_ns = before_ns
+
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -115,6 +125,7 @@ class Caretaker:
                     next_scan = time.monotonic() + _SCAN_S
                 for janitor in self._janitors:
                     janitor.keep_limits()
+                self._evict_results()
                 if self._scrubber is not None:
                     self._scrubber.work(self._stop)
             except _Stopped:

@@ -28,7 +28,12 @@ _MOST_CANDIDATES = 50_000
 """So many of the oldest entries one scan keeps."""
 
 _RETRY_S = 1.0
-"""After a scan that could not make room, the next requests for room fail at once for this long."""
+_LONGEST_RETRY_S = 10.0
+"""After a scan that could not make room, requests for room fail at once for as long as it took, within these."""
+
+_FILL = 0.95
+_FILL_OF_PROMISED = 0.99
+"""Eviction goes down to this part of the limits, so that it is not needed again at once; less far into promises."""
 
 _MOST_SCANS = 20
 """So many scans one request may take."""
@@ -179,12 +184,12 @@ class Janitor:
 
     def _evict(self, size_bytes: int) -> None:
         """Evict the oldest until there is room, beyond the need, so that this does not happen all the time."""
-        before = self.evicted_entries
+        before, start = self.evicted_entries, time.monotonic()
         for _ in range(_MOST_SCANS):
             if not self._evict_oldest(size_bytes):
                 break
         if still := self._budget.shortage(size_bytes):
-            self._fails_until = time.monotonic() + _RETRY_S
+            self._fails_until = time.monotonic() + min(_LONGEST_RETRY_S, max(_RETRY_S, time.monotonic() - start))
             log.warning("storage.full", root=str(self._root.path), over_bytes=still.over_bytes, needed_bytes=size_bytes)
         log.info(
             "storage.evicted",
@@ -203,7 +208,7 @@ class Janitor:
         may_find_more = len(candidates) == _MOST_CANDIDATES
         for number, candidate in enumerate(candidates):
             is_promised = candidate.stamp_ns > promised_ns
-            need = self._budget.shortage(size_bytes, low_water=not is_promised)
+            need = self._budget.shortage(size_bytes, fill=_FILL_OF_PROMISED if is_promised else _FILL)
             if not need or candidate.stamp_ns > untouchable_ns:
                 may_find_more = False
                 break

@@ -45,6 +45,7 @@ class StoreRoot:
 
     key: the configuration key that names the root, for errors. kind: what is stored there, for FORMAT.
     at_risk: the machine went down with unwritten data, so every entry is verified before it is used.
+    observer: only looks into a root that exists and may be in use: never its owner, and leaves STATE as it is.
     Raises StartupError.
     """
 
@@ -56,6 +57,7 @@ class StoreRoot:
         *,
         durability: Durability = Durability.NONE,
         subdirectories: Iterable[str] = (),
+        observer: bool = False,
     ) -> None:
         self.path = path
         self.key = key
@@ -63,18 +65,24 @@ class StoreRoot:
         self.is_owner = False
         self.at_risk = False
         self._lock_fd = -1
+        self._is_observer = observer
         self._format = f"expbuild {kind} {_VERSION}\n"
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not observer:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
             is_new = all(entry.name == "lost+found" for entry in path.iterdir())
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._check_format()
                 for name in subdirectories:
                     (path / name).mkdir(parents=True, exist_ok=True)
-                self._begin(is_new)
-                self.try_own()
-                self._empty_temp_directory()
+                if observer:
+                    self.at_risk = bool(self._read_state().get("at_risk"))
+                    fcntl.flock(self.fd, fcntl.LOCK_SH)
+                else:
+                    self._begin(is_new)
+                    self.try_own()
+                    self._empty_temp_directory()
             except BaseException:
                 self._release()
                 raise
@@ -85,6 +93,8 @@ class StoreRoot:
 
     def try_own(self) -> bool:
         """Become the owner unless another process is. The owner's death frees the place."""
+        if self._is_observer:
+            return False
         if not self.is_owner:
             fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
             try:
@@ -94,6 +104,20 @@ class StoreRoot:
                 return False
             self._lock_fd, self.is_owner = fd, True
         return True
+
+    def is_owned(self) -> bool:
+        """Whether a server is at work here, for an observer."""
+        try:
+            fd = os.open("lock", os.O_RDWR | os.O_CLOEXEC, dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def verified(self) -> None:
         """Note that every entry was found whole: nothing is at risk any more."""
@@ -105,6 +129,9 @@ class StoreRoot:
     def close(self) -> None:
         """Note a clean stop, where that means something, and let the next process own the root."""
         if self.fd < 0:
+            return
+        if self._is_observer:
+            self._release()
             return
         with contextlib.suppress(OSError):  # without the note, the next start is careful
             state = self._read_state()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import structlog
 
 from expbuild.digest import Digest, DigestFunction
-from expbuild.storage.base import CHUNK_BYTES
+from expbuild.storage.files import open_unnoticed
 from expbuild.storage.filesystem import FilesystemBlobStore
 from expbuild.storage.janitor import Janitor
 
@@ -20,6 +20,9 @@ log = structlog.get_logger()
 _ROUND_S = 7 * 86_400.0
 _STEP_S = 1.0
 """So long it works before its owner looks at other things."""
+
+_LEAST_BYTES = 16 << 10
+"""What a smaller file counts for: opening one costs as much."""
 
 _FIRST_AFTER_S = 300.0
 
@@ -57,9 +60,7 @@ class Scrubber:
             if name is None:
                 self._finish()
                 return
-            start = time.monotonic()
-            size_bytes = self._check(name)
-            stop.wait(max(0.0, size_bytes / self._rate - (time.monotonic() - start)))
+            self._check(name, stop)
 
     def _finish(self) -> None:
         self._position = None
@@ -75,25 +76,24 @@ class Scrubber:
                 if candidate.files > 1:
                     yield candidate.name + ".x"
 
-    def _check(self, name: str) -> int:
-        """Verify one file without its use being noted; returns its size."""
+    def _check(self, name: str, stop: threading.Event) -> None:
+        """Verify one file at our rate, without its use being noted."""
+
+        def goes_on(size_bytes: int) -> bool:
+            return not stop.wait(max(size_bytes, _LEAST_BYTES) / self._rate)
+
         function, _, rest = name.partition("/")
         suffix = ".x" if rest.endswith(".x") else ""
         hash_text, _, size = rest.removesuffix(suffix).rpartition("/")[2].partition("-")
         digest = Digest(hash_text, int(size), DigestFunction[function.upper()])
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(FileNotFoundError):
-            try:
-                fd = os.open(name, flags | os.O_NOATIME, dir_fd=self._blobs.root.fd)
-            except PermissionError:  # somebody else's file: its time of use is not ours to keep
-                fd = os.open(name, flags, dir_fd=self._blobs.root.fd)
+            fd = open_unnoticed(name, self._blobs.root.fd)
             try:
                 with contextlib.suppress(OSError):  # so that the disk is read, not memory
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                self._blobs.verification.check(digest, fd, suffix)
+                self._blobs.verification.check(digest, fd, suffix, goes_on=goes_on)
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
         self.verified += 1
-        return max(digest.size_bytes, CHUNK_BYTES // 64)
