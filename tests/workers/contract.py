@@ -187,9 +187,16 @@ def _docker(work_dir: Path, request: pytest.FixtureRequest) -> AbstractAsyncCont
     return open_docker_worker(work_dir, daemon.host, request.getfixturevalue("busybox_without_path"))
 
 
+def _docker_warm(work_dir: Path, request: pytest.FixtureRequest) -> AbstractAsyncContextManager[Worker]:
+    daemon: DockerDaemon = request.getfixturevalue("docker")
+    image = request.getfixturevalue("busybox_without_path")
+    return open_docker_worker(work_dir, daemon.host, image, user="1000:1000")
+
+
 WORKER_KINDS = [
     pytest.param(_host, id="host"),
     pytest.param(_host_chroot, id="host-chroot"),
     pytest.param(_docker, id="docker", marks=pytest.mark.docker),
+    pytest.param(_docker_warm, id="docker-warm", marks=pytest.mark.docker),
 ]
 """How to open each kind of worker; `pytest.param(opener, id=..., marks=...)`."""

@@ -286,7 +286,8 @@ async def test_what_no_container_can_be_given_is_the_clients_error(
 @pytest.mark.parametrize("program", ["no-such-program", "./no-such-program", "/bin", "./script"])
 async def test_programs_are_named_without_an_init(bench: Bench, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On daemons that have no init the daemon's own words are understood."""
-    monkeypatch.setattr(bench.worker, "_use_init", False)
+    assert isinstance(bench.worker, DockerWorker)
+    monkeypatch.setattr(bench.worker._fresh, "use_init", False)
     run = bench.prepare(program, "argument", env={"PATH": "/bin:/nowhere"})
     script = run.workspace / "root/script"
     script.write_bytes(b"#!/no/such/interpreter\n")

@@ -30,6 +30,11 @@ def check_command(run: Run) -> None:
         raise _cannot_execute(run, "its arguments and environment are too long for the system")
 
 
+def out_of_memory(limit_bytes: int | None) -> str:
+    """Return the message for a command of which something was killed for want of memory."""
+    return "out of memory" if limit_bytes is None else f"out of memory: the limit is {limit_bytes} bytes"
+
+
 def not_executed(run: Run, path: str, reason: str) -> InvalidArgument:
     """Return the error for what init, or the daemon, says about a program. path: the command's PATH."""
     program = run.arguments[0]
