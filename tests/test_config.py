@@ -64,6 +64,10 @@ def test_the_example_file_parses_and_every_value_lands() -> None:
         env_whitelist=("PATH", "HOME", "USER"),
         run_as_user="nobody",
         run_as_group="nogroup",
+        memory_limit=8589934592,
+        cpu_limit=4.0,
+        max_processes=4096,
+        max_open_files=65536,
         platform={},
     )
     docker = DockerWorkerConfig(
@@ -89,6 +93,8 @@ def test_the_example_file_parses_and_every_value_lands() -> None:
             max_task_timeout_seconds=86400,
             result_ttl_seconds=300,
             abandoned_grace_seconds=300,
+            max_log_bytes=67108864,
+            max_output_bytes=34359738368,
             workers=(host, docker),
         ),
     )
@@ -386,7 +392,7 @@ def test_address(address: str, host: str, port: int) -> None:
         pytest.param(
             f"{HOST}image = 'i'",
             f"{WORKER}.image: unknown key; known here: type, count, work_dir, use_chroot, env_whitelist, run_as_user, "
-            "run_as_group, platform",
+            "run_as_group, memory_limit, cpu_limit, max_processes, max_open_files, platform",
             id="host-with-docker-key",
         ),
         # docker workers

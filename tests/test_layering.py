@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,24 @@ def test_layers_and_fences_hold_in_the_whole_package() -> None:
 def test_the_bare_package_imports_nothing_of_ours() -> None:
     """`import expbuild` is cheap: everything imports it first."""
     assert [n for n in imports_of((PACKAGE / "__init__.py").read_text(), "expbuild") if n.startswith("expbuild")] == []
+
+
+def test_the_spawner_imports_nothing_but_the_standard_library() -> None:
+    """It is small and starts fast, and nothing in it parses what comes from the network."""
+    programs = {"workers.spawner", "workers.cgroups"}
+    pending = list(programs)
+    while pending:
+        module = pending.pop()
+        source = (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
+        for name in imports_of(source, f"expbuild.{module}"):
+            if name.startswith("expbuild."):
+                other = ".".join(name.split(".")[1:3])
+                assert re.fullmatch(r"workers\.(spawner_\w+|cgroups)", other), f"{module} imports {name}"
+                if other not in programs:
+                    programs.add(other)
+                    pending.append(other)
+            else:
+                assert name.split(".")[0] in sys.stdlib_module_names, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from expbuild.config_problems import Expect
 from expbuild.config_types import LIST, Count, Seconds, Table, rule
 from expbuild.config_workers import HostWorkerConfig, WorkerConfig
 
+Bytes = Annotated[int, Field(ge=4096, lt=1 << 63), Expect("at least 4096 bytes")]
+
 
 def _check_max_timeout(max_timeout_s: float, info: Info) -> float:
     default_s = info.data.get("default_task_timeout_seconds", 0)
@@ -36,6 +38,10 @@ class PoolConfig(Table):
     """How long a finished operation stays attachable."""
     abandoned_grace_seconds: Seconds = 300.0
     """An execution that nobody watches any more is cancelled after this long."""
+    max_log_bytes: Bytes = 64 << 20
+    """A command that writes more than this to stdout, or to stderr, is killed."""
+    max_output_bytes: Bytes = 32 << 30
+    """An action whose outputs are larger than this together is refused; no file of a host action grows larger."""
     workers: Annotated[tuple[WorkerConfig, ...], LIST] = Field(default_factory=lambda: (HostWorkerConfig(),))
     """What runs the actions, in order of preference. At least one while `capabilities.exec_enabled`."""
 

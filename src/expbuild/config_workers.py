@@ -25,6 +25,9 @@ from expbuild.config_types import (
     rule,
 )
 
+MemoryLimit = Annotated[int, Field(ge=6 << 20, lt=1 << 63), Expect("at least 6291456 bytes")]
+CpuLimit = Annotated[float, Field(ge=0.01, le=100_000), Expect("a number of cores of at least 0.01")]
+
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
@@ -55,6 +58,14 @@ class HostWorkerConfig(Table):
     """The user commands run as; needs the right to switch users."""
     run_as_group: Annotated[UserOrId | None, AfterValidator(_check_run_as_group)] = None
     """The group commands run as; without it the primary group of `run_as_user`."""
+    memory_limit: MemoryLimit | None = None
+    """Bytes of memory an action may use, all its processes together; unlimited by default."""
+    cpu_limit: CpuLimit | None = None
+    """Cores an action may use; unlimited by default."""
+    max_processes: Annotated[int, Field(ge=16, le=4_000_000), Expect("an integer of at least 16")] = 4096
+    """Processes and threads an action may have at once."""
+    max_open_files: Annotated[int, Field(ge=64, le=1 << 20), Expect("an integer from 64 to 1048576")] = 65536
+    """Files each process of an action may have open."""
     platform: Platform = Field(default_factory=dict)
     """Platform properties declared beside OSFamily and Arch."""
 
@@ -90,9 +101,9 @@ class DockerWorkerConfig(Table):
     """The image; it is also the value of the declared property `container-image`."""
     always_pull: bool = False
     """Ask the registry at every start; otherwise only when the image is not there."""
-    cpu_limit: Annotated[float, Field(ge=0.01, le=100_000), Expect("a number of cores of at least 0.01")] | None = None
+    cpu_limit: CpuLimit | None = None
     """Cores a container may use; unlimited by default."""
-    memory_limit: Annotated[int, Field(ge=6 << 20, lt=1 << 63), Expect("at least 6291456 bytes")] | None = None
+    memory_limit: MemoryLimit | None = None
     """Bytes of memory a container may use; unlimited by default. (Docker accepts nothing below 6 MiB.)"""
     network_mode: Literal["none", "bridge", "host"] = "none"
     """The network containers see."""

@@ -124,6 +124,7 @@ from expbuild._generated.build.bazel.remote.logstream.v1.remote_logstream_pb2_gr
     add_LogStreamServiceServicer_to_server,
 )
 from expbuild._generated.build.bazel.semver.semver_pb2 import SemVer
+from expbuild._generated.expbuild.usage_pb2 import ResourceUsage
 from expbuild._generated.google.bytestream import bytestream_pb2
 from expbuild._generated.google.bytestream.bytestream_pb2 import (
     QueryWriteStatusRequest,
@@ -223,6 +224,7 @@ __all__ = [
     "ReadResponse",
     "RepMaxCdcParams",
     "RequestMetadata",
+    "ResourceUsage",
     "ResultsCachePolicy",
     "RetryInfo",
     "SemVer",

@@ -38,7 +38,7 @@ from expbuild.errors import ExpbuildError
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.manager import ExecutionManager, ManagerPolicy
 from expbuild.execution.pool import WorkerPool
-from expbuild.execution.runner import ActionRunner
+from expbuild.execution.runner import ActionRunner, OutputLimits
 from expbuild.storage.base import ActionCache, BlobStore
 from expbuild.storage.factory import create_action_cache, create_blob_store
 from expbuild.workers.factory import Workers
@@ -80,8 +80,11 @@ async def _serve(
         return
     async with Workers(config.execution.pool.workers) as workers, asyncio.TaskGroup() as tasks:
         absolute_symlinks = config.capabilities.symlink_absolute_path_strategy == "ALLOWED"
-        runner = ActionRunner(blobs, action_cache, workspaces, tasks, absolute_symlinks=absolute_symlinks)
         pool_config = config.execution.pool
+        limits = OutputLimits(pool_config.max_log_bytes, pool_config.max_output_bytes)
+        runner = ActionRunner(
+            blobs, action_cache, workspaces, tasks, absolute_symlinks=absolute_symlinks, limits=limits
+        )
         pool = WorkerPool(
             workers.all,
             runner,

@@ -26,8 +26,9 @@ from expbuild.reapi import (
     ReadRequest,
     WriteRequest,
 )
+from tests.support.server import patience
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = patience(30.0)
 """Far beyond what any call here takes, so that a call that hangs fails its test and not the whole run."""
 
 

@@ -80,6 +80,7 @@ async def test_ac_13_16_stored_result_comes_back_although_the_action_is_not_in_t
     assert await get(client, action) == result
 
 
+@pytest.mark.duty("AC-18")
 async def test_ac_13_last_write_wins(client: Client) -> None:
     action = client.digest(b"ac-13 twice")
     for exit_code in (1, 2):

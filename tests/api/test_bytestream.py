@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -103,6 +104,7 @@ class TestRead:
 
     async def test_dig_05_empty_blob_is_readable_without_upload(self, client: Client) -> None:
         assert await client.read(client.read_name(client.digest(b""))) == b""
+        assert await code_of(client.read(client.read_name(client.digest(b"not empty")))) == "NOT_FOUND"
 
     @pytest.mark.parametrize("compressor", COMPRESSORS)
     async def test_bs_19_compressed_empty_blob_is_a_valid_stream(self, client: Client, compressor: str) -> None:
@@ -146,6 +148,7 @@ class TestRead:
             pytest.param("compressed-blobs/{hash}/5", id="BS-07-no-compressor"),
             pytest.param("blobs/sha1/{hash}/5", id="BS-06-function-not-served"),
             pytest.param("blobs/sha512/{hash}/5", id="BS-06-length-of-another-function"),
+            pytest.param("main/logstreams/{hash}", id="BS-11-log-stream"),
             pytest.param("//blobs/{hash}/5", id="GEN-11-empty-segment"),
             pytest.param("a//blobs/{hash}/5", id="GEN-11-double-slash"),
             pytest.param("actions/blobs/{hash}/5", id="GEN-11-reserved-word"),
@@ -163,6 +166,7 @@ class TestRead:
         (digest,) = await sha256_client.upload(b"12345")
         assert await sha256_client.read(name.format(hash=digest.hash)) == b"12345"
 
+    @pytest.mark.duty("GEN-21")
     async def test_abandoned_reads_leave_no_open_files(self, server: ReServer, client: Client) -> None:
         """GEN-21: a client that goes away in the middle of a blob costs nothing afterwards."""
         (digest,) = [client.digest(data := blob("gen-21", 8_000_000))]
@@ -174,6 +178,7 @@ class TestRead:
                 await call.read()
                 call.cancel()
         wait_until(lambda: not open_blobs(server), timeout_s=10, what="no blob is open")
+        assert await client.read(client.read_name(digest)) == data
 
 
 class TestWrite:
@@ -184,6 +189,7 @@ class TestWrite:
         assert await client.write_blob(data, chunk=chunk) == size_bytes
         assert await client.read(client.read_name(client.digest(data))) == data
 
+    @pytest.mark.duty("BS-39")
     async def test_name_may_be_repeated_and_finish_may_be_an_empty_message(self, client: Client) -> None:
         data = b"bs-39 in pieces"
         name = client.write_name(client.digest(data))
@@ -200,6 +206,8 @@ class TestWrite:
     async def test_dig_05_empty_blob_may_be_uploaded(self, client: Client) -> None:
         name = client.write_name(client.digest(b""))
         assert await client.write(WriteRequest(resource_name=name, finish_write=True)) == 0
+        too_much = WriteRequest(resource_name=name, data=b"x", finish_write=True)
+        assert await code_of(client.write(too_much)) == "INVALID_ARGUMENT"
 
     @pytest.mark.parametrize("size_bytes", [100, 600_000])
     @pytest.mark.parametrize(
@@ -328,6 +336,41 @@ class TestWrite:
         await call.write(write_requests(client.write_name(client.digest(data)), data, 1000)[0])
         assert (await call).committed_size == 2_000_000
 
+    async def test_bs_33_a_small_rest_is_read_before_the_early_answer(self, client: Client) -> None:
+        """Simple clients take a stream that is closed under their hands for broken, whatever the answer says."""
+        data = blob("bs-33", 200_000)
+        await client.upload(data)
+        call = client.bytestream.Write(timeout=TIMEOUT_S)
+        for request in write_requests(client.write_name(client.digest(data)), data, 10_000):
+            await call.write(request)
+        await call.done_writing()
+        assert (await call).committed_size == len(data)
+
+    async def test_bs_40_a_blob_is_visible_when_it_is_answered_and_not_before(self, client: Client) -> None:
+        data = blob(f"bs-40 {client.function}", 2_000_000)
+        digest, other = client.digest(data), Client(client.address, client.function)
+        *most, last = write_requests(client.write_name(digest), data, 500_000)
+        call = client.bytestream.Write(timeout=TIMEOUT_S)
+        for request in most:
+            await call.write(request)
+        assert await other.missing(digest) == {digest}
+        await call.write(last)
+        assert (await call).committed_size == len(data)
+        assert await other.missing(digest) == set()
+        assert await other.read(other.read_name(digest)) == data
+        await other.close()
+
+    async def test_bs_44_the_memory_of_an_upload_is_bounded(self, start_server: StartServer) -> None:
+        """A blob of 150 MB leaves the server as small as it was, but for what is on the way."""
+        server = start_server("bounded")
+        client = Client(server.address)
+        await client.write_blob(blob("bs-44 first", 3_000_000))
+        before = peak_memory(server)
+        data = bytes(150_000_000)
+        assert await client.write_blob(data) == len(data)
+        assert peak_memory(server) - before < 100_000_000
+        await client.close()
+
     async def test_answer_comes_without_waiting_for_the_half_close(self, client: Client) -> None:
         data = b"finish_write is enough"
         call = client.bytestream.Write(timeout=TIMEOUT_S)
@@ -349,6 +392,7 @@ class TestWrite:
         assert await sha256_client.write_blob(data, name=name) == len(data)
 
     @pytest.mark.parametrize("instance", ["/", "main/", "/main/", "a/b/c/"])
+    @pytest.mark.duty("BS-02")
     async def test_bs_03_instance_names_come_first(self, sha256_client: Client, instance: str) -> None:
         data = b"bs-03" + instance.encode()
         name = instance + sha256_client.write_name(sha256_client.digest(data))
@@ -485,8 +529,11 @@ class TestQueryWriteStatus:
         assert (answer.committed_size, answer.complete) == (5, True)
 
     async def test_bs_47_unknown_upload_stands_at_zero(self, client: Client) -> None:
-        answer = await query(client, client.write_name(client.digest(b"bs-47 unknown")))
+        name = client.write_name(client.digest(b"bs-47 unknown"))
+        answer = await query(client, name)
         assert (answer.committed_size, answer.complete) == (0, False)
+        await client.write_blob(b"bs-47 unknown", name=name)
+        assert (await query(client, name)).complete
 
     async def test_bs_46_unfinished_upload_is_not_complete(self, client: Client) -> None:
         data = b"bs-46 unfinished"
@@ -495,7 +542,9 @@ class TestQueryWriteStatus:
         await call.write(WriteRequest(resource_name=name, data=data))
         answer = await query(client, name)
         assert (answer.committed_size, answer.complete) == (0, False)
-        call.cancel()
+        await call.write(WriteRequest(write_offset=len(data), finish_write=True))
+        assert (await call).committed_size == len(data)
+        assert (await query(client, name)).complete
 
     async def test_bs_48_download_name_is_invalid(self, client: Client) -> None:
         assert await code_of(query(client, client.read_name(client.digest(b"x")))) == "INVALID_ARGUMENT"
@@ -538,6 +587,13 @@ class TestBrokenUploads:
         await client.close()
 
 
+def peak_memory(server: ReServer) -> int:
+    """Return the most memory the server has used so far, in bytes."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
 def open_blobs(server: ReServer) -> list[str]:
     """Return the regular files the server has open in a store."""
     found = []
@@ -564,6 +620,6 @@ async def test_gen_23_small_questions_are_answered_during_large_uploads(server: 
         start = loop.time()
         await client.missing(client.digest(b""))
         slowest_s, asked = max(slowest_s, loop.time() - start), asked + 1
-    await asyncio.gather(*uploads)
+    assert set(await asyncio.gather(*uploads)) == {16_000_000 + len(client.function.name)}
     assert asked > 3
     assert slowest_s < 1

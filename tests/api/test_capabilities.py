@@ -34,6 +34,7 @@ async def capabilities_of(address: str, instance_name: str = "") -> ServerCapabi
 
 
 @pytest.mark.parametrize("instance_name", ["", "main", "a/b/c"])
+@pytest.mark.duty("CAP-01", "CAP-03", "CAP-12", "CAP-18", "CAP-19")
 async def test_cap_07_08_10_13_16_17_answer_of_a_cache_is_exactly_what_every_client_starts_with(
     start_server: StartServer, instance_name: str
 ) -> None:

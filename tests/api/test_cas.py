@@ -58,9 +58,12 @@ class TestFindMissing:
 
     async def test_cas_02_empty_list_is_answered_empty(self, client: Client) -> None:
         assert await find_missing(client) == []
+        absent = message(client.digest(b"cas-02 never stored"))
+        assert await find_missing(client, absent, digest_function=client.function.value) == [absent]
 
     async def test_dig_05_empty_blob_is_never_missing(self, client: Client) -> None:
-        assert await client.missing(client.digest(b"")) == set()
+        absent = client.digest(b"dig-05 never stored")
+        assert await client.missing(client.digest(b""), absent) == {absent}
 
     async def test_dig_03_right_hash_with_wrong_size_is_absent(self, client: Client) -> None:
         (stored,) = await client.upload(b"dig-03")
@@ -99,6 +102,7 @@ class TestFindMissing:
             pytest.param("a" * 40, 1, 0, id="DIG-08-length-of-a-function-not-served"),
             pytest.param("a" * 40, 1, 2, id="DIG-09-SHA1-not-served"),
             pytest.param("a" * 64, 1, 8, id="DIG-09-SHA256TREE"),
+            pytest.param("a" * 40, 1, 10, id="DIG-18-GITSHA1"),
             pytest.param("a" * 64, 1, 77, id="GEN-15-unknown-number"),
             pytest.param("a" * 64, 1, -1, id="GEN-15-negative-number"),
         ],
@@ -194,6 +198,7 @@ class TestBatchUpdate:
         await client.upload(b"cas-14", b"")
 
     @pytest.mark.parametrize("compressor", COMPRESSORS)
+    @pytest.mark.duty("CAP-09")
     async def test_cap_14_compressed_entries_are_stored_under_the_digest_of_their_content(
         self, client: Client, compressor: str
     ) -> None:
@@ -311,6 +316,7 @@ class TestBatchRead:
 
     async def test_cas_23_empty_list_is_ok(self, client: Client) -> None:
         assert list((await client.batch_read()).responses) == []
+        assert len((await client.batch_read(client.digest(b"cas-23 never stored"))).responses) == 1
 
     async def test_dig_03_right_hash_with_wrong_size_is_not_found(self, client: Client) -> None:
         (stored,) = await client.upload(b"dig-03 read")
@@ -386,6 +392,7 @@ class TestBatchRead:
         assert [e.compressor for e in (await client.batch_read(digest, accept=accept)).responses] == [used]
 
 
+@pytest.mark.duty("DIG-19")
 async def test_dig_01_09_other_functions_work_when_configured(start_server: StartServer) -> None:
     """Explicitly named or told by the length of the hash."""
     server = start_server("all-functions", capabilities={"digest_functions": [f.name for f in DigestFunction]})
@@ -396,6 +403,29 @@ async def test_dig_01_09_other_functions_work_when_configured(start_server: Star
         expected = [message(digest)] if function is DigestFunction.BLAKE3 and _shadowed(function) else []
         assert await find_missing(client, message(digest)) == expected
         await client.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "hash_text"),
+    [
+        (1025, "36c0998b21839ef74300b9de47d96d1f62323dc81f2b4231e98ce70cd6ffe750"),
+        (3073, "517d20c0e5835f060a1bd6388ed68574f63424bdac2a2c3a35a5c2ef859d8fe2"),
+        (102_400, "0668d69e5331840d2f1823d717b7b3f5d1fdc8a09504cddb692b87ff83d50e5f"),
+    ],
+)
+async def test_dig_15_sha256tree_is_the_published_function(
+    start_server: StartServer, size: int, hash_text: str
+) -> None:
+    """Hashes from outside, of the bytes 0, 1, …, 250, 0, 1, …: accepted in a batch and in an upload."""
+    server = start_server("all-functions", capabilities={"digest_functions": [f.name for f in DigestFunction]})
+    client = Client(server.address, DigestFunction.SHA256TREE)
+    data = bytes(i % 251 for i in range(size))
+    entry = Entry(digest=DigestMessage(hash=hash_text, size_bytes=size), data=data)
+    assert codes(await client.update(entry)) == ["OK"]
+    digest = Digest(hash_text, size, DigestFunction.SHA256TREE)
+    assert await client.write_blob(data, name=client.write_name(digest)) == size
+    assert await client.read(client.read_name(digest)) == data
+    await client.close()
 
 
 def _shadowed(function: DigestFunction) -> bool:

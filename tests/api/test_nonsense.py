@@ -36,9 +36,9 @@ from expbuild.reapi import (
     WriteRequest,
 )
 from tests.api.conftest import StartServer
-from tests.support.server import ReServer
+from tests.support.server import ReServer, patience
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = patience(20.0)
 
 _IS_FULL = bool(os.environ.get("EXPBUILD_TEST_FULL"))
 """Whether this is the longer run: other requests each time, and more of them."""

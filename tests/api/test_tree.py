@@ -107,6 +107,26 @@ async def test_tree_06_token_resumes_where_its_page_ended(client: Client, page_s
         assert rest == []
 
 
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+async def test_tree_07_tokens_are_positions_where_subdirectories_are_equal(client: Client, page_size: int) -> None:
+    """The same directory under several names, at several depths: a token that named it would not say where we are."""
+    leaf = directory(client, files=7)
+    middle = [directory(client, leaf, files=n) for n in range(3)]
+    root = directory(client, *middle, leaf, leaf)
+    digest = await stored(client, root, *middle, leaf)
+    whole = [d for page in await pages(client, digest) for d in page.directories]
+    assert len(whole) == 5
+    collected: list[Directory] = []
+    token = ""
+    while True:
+        page = (await pages(client, digest, page_size, token))[0]
+        collected += page.directories
+        token = page.next_page_token
+        if not token:
+            break
+    assert collected == whole
+
+
 @pytest.mark.parametrize("token", ["nonsense", "-1", "8", "999999", "1" * 100, "1.5", "\u0661", " 1", "\x00"])
 async def test_tree_06_unknown_token_is_invalid(client: Client, token: str) -> None:
     leaves = [directory(client, files=n) for n in range(1, 8)]

@@ -40,6 +40,7 @@ def _is_alive(pid: int) -> bool:
     return stat is not None and stat.is_alive()
 
 
+@pytest.mark.duty("GEN-19", "GEN-20", "EXE-16")
 async def test_SIGTERM_during_an_execution_ends_it_and_the_server(
     start_server: StartServer, effects: SideEffects
 ) -> None:
@@ -62,6 +63,7 @@ async def test_SIGTERM_during_an_execution_ends_it_and_the_server(
     assert not _is_alive(int(pid_file.read_text()))
 
 
+@pytest.mark.duty("EXE-48")
 async def test_kill_9_of_the_server_leaves_no_action_running(start_server: StartServer, effects: SideEffects) -> None:
     """Nobody is there to end the actions, and they end all the same; a new server starts on what is left."""
     server = start_server(lambda config: None)
@@ -101,6 +103,7 @@ async def test_memory_stores_serve_execution_too(start_server: StartServer, effe
     assert effects.count("ran") == 1
 
 
+@pytest.mark.duty("CAP-01")
 async def test_EXE_08_a_cache_only_server_does_not_execute(start_server: StartServer) -> None:
     """Execute is UNIMPLEMENTED, and the capabilities do not promise it."""
     server = start_server(lambda config: config.update(capabilities={"exec_enabled": False}))

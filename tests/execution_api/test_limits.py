@@ -48,6 +48,7 @@ async def test_CMD_action_without_a_timeout_gets_the_default(small: Client) -> N
     assert await small.stdout(response.result) == b"out\n"
 
 
+@pytest.mark.duty("GEN-02", "GEN-03", "GEN-05")
 async def test_EXE_08_a_full_queue_is_resource_exhausted_with_retry_info(small: Client, effects: SideEffects) -> None:
     """What waits, waits; one more is told to come back; afterwards there is room again."""
     gate = effects.gate()
@@ -60,6 +61,7 @@ async def test_EXE_08_a_full_queue_is_resource_exhausted_with_retry_info(small: 
     assert status.code == RESOURCE_EXHAUSTED
     assert "execution.pool.max_queue_size" in status.message
     (detail,) = status.details
+    assert detail.type_url == "type.googleapis.com/google.rpc.RetryInfo"
     retry = RetryInfo()
     assert detail.Unpack(retry)
     assert retry.retry_delay.ToMilliseconds() > 0

@@ -106,6 +106,7 @@ async def test_EXE_10_operation_names_are_distinct_and_begin_with_the_instance(c
         ),
     ],
 )
+@pytest.mark.duty("EXE-01")
 async def test_bad_requests_are_rpc_errors(client: Client, request_: ExecuteRequest) -> None:
     """What is wrong before there is an operation is INVALID_ARGUMENT, without details."""
     async with failing_rpc() as status:
@@ -143,6 +144,7 @@ async def test_EXE_07_undecodable_action_is_an_rpc_error(client: Client, kind: s
     assert not status.details
 
 
+@pytest.mark.duty("EXE-01")
 async def test_EXE_07_undecodable_directory_is_told_in_the_operation(client: Client) -> None:
     """A Directory is read after the operation exists, so what is wrong about it is the operation's outcome."""
     whole = await client.execute(_undecodable("directory"))
@@ -160,11 +162,13 @@ async def test_an_error_with_a_huge_name_in_it_still_reaches_the_client(client: 
 
 def _violations(status: Status) -> list[tuple[str, str]]:
     (detail,) = status.details
+    assert detail.type_url == "type.googleapis.com/google.rpc.PreconditionFailure"
     failure = PreconditionFailure()
     assert detail.Unpack(failure)
     return [(violation.type, violation.subject) for violation in failure.violations]
 
 
+@pytest.mark.duty("GEN-03", "GEN-04", "DIG-13", "EXE-06")
 async def test_EXE_03_EXE_04_missing_inputs_are_all_named_in_one_detail(client: Client) -> None:
     """Three of ten inputs are missing: FAILED_PRECONDITION in the operation, exactly three MISSING violations."""
     files = {f"file-{i}": uuid.uuid4().bytes for i in range(10)}
@@ -198,6 +202,7 @@ async def test_EXE_03_a_missing_message_is_missing_too(client: Client, what: str
         pytest.param({"x" * 1000: "y" * 100_000}, id="huge"),
     ],
 )
+@pytest.mark.duty("CMD-15")
 async def test_EXE_08_impossible_platform_is_refused_at_once(client: Client, platform: dict[str, str]) -> None:
     """No worker can ever match: FAILED_PRECONDITION at once, with a sentence and without details."""
     action = shell("true", platform=platform)
@@ -211,6 +216,7 @@ async def test_EXE_08_impossible_platform_is_refused_at_once(client: Client, pla
     assert len(status.message) < 4000
 
 
+@pytest.mark.duty("CMD-17")
 async def test_tolerant_spelling_of_the_platform_matches(client: Client) -> None:
     """Old toolchains write `Linux`, clients add names of their own: neither keeps an action from running."""
     platform = {"osfamily": "Linux", "reproxy-version": "1.2", "cache-silo": "x", "Pool": "default"}
@@ -220,6 +226,7 @@ async def test_tolerant_spelling_of_the_platform_matches(client: Client) -> None
 # ---- results and the cache ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.duty("AC-18", "EXE-11", "EXE-13")
 async def test_EXE_19_EXE_20_non_zero_exit_is_a_result_and_not_cached(client: Client, effects: SideEffects) -> None:
     """A failing command ran: status OK, its exit code; and it runs again the next time."""
     action = shell(f"{effects.mark('ran')}; exit 42")
@@ -231,6 +238,7 @@ async def test_EXE_19_EXE_20_non_zero_exit_is_a_result_and_not_cached(client: Cl
     assert await client.cached(action) is None
 
 
+@pytest.mark.duty("EXE-11", "EXE-12", "EXE-13", "EXE-15", "EXE-16", "EXE-18", "EXE-41", "EXE-44")
 async def test_EXE_25_EXE_26_a_hit_is_answered_at_once_with_one_operation(client: Client, effects: SideEffects) -> None:
     """The second run is a cached result: one message, the flag, and the metadata of the first run."""
     action = shell(f"{effects.mark('ran')}; echo hello")
@@ -243,6 +251,7 @@ async def test_EXE_25_EXE_26_a_hit_is_answered_at_once_with_one_operation(client
     assert effects.count("ran") == 1
 
 
+@pytest.mark.duty("AC-20")
 async def test_EXE_33_everything_named_is_there_when_done_arrives(client: Client) -> None:
     """On the done message all blobs of the result are stored, and so is the cache entry."""
     action = shell("echo out; echo err >&2; mkdir d; echo x > d/f; echo y > f", output_paths=["d", "f"])
@@ -290,6 +299,7 @@ async def test_EXE_30_do_not_cache_runs_every_time_and_is_not_stored(client: Cli
     assert await client.cached(action) is None
 
 
+@pytest.mark.duty("AC-02")
 async def test_AC_hit_only_while_its_blobs_are_there(client: Client, effects: SideEffects, server_root: Path) -> None:
     """A result whose blob was lost from the store is no hit: the action runs again."""
     content = uuid.uuid4().hex
@@ -359,6 +369,7 @@ async def test_EXE_31_one_of_two_going_away_leaves_the_other(client: Client, eff
 # ---- waiting -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.duty("EXE-49")
 async def test_EXE_27_EXE_45_a_dropped_stream_is_taken_up_again(client: Client, effects: SideEffects) -> None:
     """The action goes on; several waiters get its state at once and then the result, under the same name."""
     gate = effects.gate()

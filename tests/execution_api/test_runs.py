@@ -61,6 +61,7 @@ async def test_TMPDIR_is_writable_and_not_part_of_the_input_root(client: Client)
     assert await client.stdout((await client.execute(shell(script))).result) == b"x\n"
 
 
+@pytest.mark.duty("CMD-04")
 async def test_CMD_07_the_working_directory_is_below_the_input_root(client: Client) -> None:
     """Paths of the command and of its outputs count from there."""
     action = shell(
@@ -116,6 +117,7 @@ async def test_CMD_08_programs_are_found_as_execvp_does(client: Client) -> None:
         assert await client.stdout((await client.execute(action)).result) == b"tool\n"
 
 
+@pytest.mark.duty("INP-05", "INP-06", "INP-07")
 async def test_INP_the_input_root_is_what_was_sent(client: Client) -> None:
     """Files, executables, links, empty directories and equal trees at several places; and nothing else."""
     twin = {"x": b"same"}
@@ -198,6 +200,7 @@ async def test_RUN_03_killed_by_a_signal_is_128_plus_its_number(client: Client) 
     assert "SIGSEGV" in response.message
 
 
+@pytest.mark.duty("EXE-41", "RUN-08")
 async def test_EXE_40_metadata_is_complete_and_monotone(client: Client) -> None:
     """All timestamps are there, in order, with the worker and the duration of the run."""
     metadata = (await client.execute(shell("true"))).result.execution_metadata
@@ -222,6 +225,7 @@ async def test_EXE_40_metadata_is_complete_and_monotone(client: Client) -> None:
 # ---- timeouts and survivors --------------------------------------------------------------------------------------
 
 
+@pytest.mark.duty("RUN-05", "EXE-22")
 async def test_EXE_21_a_timeout_returns_what_there_is(client: Client, effects: SideEffects) -> None:
     """The exact status, the output so far, nothing cached, and the whole process tree dead."""
     pids = effects.path("pids")
@@ -293,6 +297,7 @@ def _links(result: ActionResult, field: str) -> dict[str, str]:
     return {link.path: link.target for link in getattr(result, field)}
 
 
+@pytest.mark.duty("CAP-09", "OUT-01")
 async def test_OUT_03_OUT_06_every_kind_in_output_paths(client: Client) -> None:
     """By what each is, links unfollowed, in the new list and in the old ones; what is absent is left out."""
     result = (await client.execute(shell(MAKE_ALL, output_paths=EVERYTHING))).result
@@ -333,6 +338,7 @@ async def test_CMD_02_the_new_list_replaces_the_old_ones(client: Client) -> None
     assert [file.path for file in result.output_files] == ["new"]
 
 
+@pytest.mark.duty("CMD-06")
 async def test_the_same_path_in_both_old_lists_is_whatever_it_is(client: Client) -> None:
     """Clients that do not know what an output will be name it twice."""
     both = ["f", "d"]

@@ -49,8 +49,9 @@ from expbuild.reapi import (
     UpdateActionResultRequest,
     WaitExecutionRequest,
 )
+from tests.support.server import patience
 
-RPC_TIMEOUT_S = 30.0
+RPC_TIMEOUT_S = patience(30.0)
 """Nothing here takes this long; it turns a hang into a failure."""
 
 _REQUEST_METADATA = "build.bazel.remote.execution.v2.requestmetadata-bin"
@@ -343,7 +344,7 @@ async def eventually(
     condition: Callable[[], object] | Callable[[], Awaitable[object]], what: str, *, timeout_s: float = 20
 ) -> None:
     """Return as soon as `condition` holds; the loop goes on meanwhile. Raises AssertionError when it never does."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patience(timeout_s)
     while True:
         holds = condition()
         if await holds if inspect.isawaitable(holds) else holds:
@@ -421,7 +422,9 @@ def status_of(error: grpc.aio.AioRpcError) -> Status:
     """Return the status an RPC failed with, whole: with its details."""
     for key, value in error.trailing_metadata():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            return Status.FromString(value)
+            status = Status.FromString(value)
+            assert (status.code, status.message) == (error.code().value[0], error.details()), "GEN-02"
+            return status
     return Status(code=error.code().value[0], message=error.details() or "")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.support.require import require_tool, unavailable
 
 
 def remove_tree(path: Path) -> None:
@@ -39,3 +42,17 @@ def scratch_directory(prefix: str = "expbuild-test-") -> Iterator[Path]:
         yield path
     finally:
         remove_tree(path)
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    """Mount a file system of `size` (as mount(8) writes it) at a new directory `path`."""
+    path.mkdir(parents=True)
+    mount = [require_tool("mount"), "-t", "tmpfs", "-o", f"size={size},mode=0755", "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, timeout=30)
+    if done.returncode != 0:
+        unavailable(f"cannot mount a small file system: {done.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run([require_tool("umount"), "-l", str(path)], check=True, timeout=30)

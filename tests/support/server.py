@@ -22,6 +22,10 @@ Config = dict[str, Any]
 TRANSPORT = os.environ.get("EXPBUILD_TEST_TRANSPORT")
 """The `server.transport` of every server whose configuration names none: a whole suite runs on the one or the other."""
 
+HOLLOW = os.environ.get("EXPBUILD_TEST_HOLLOW")
+"""The address of a server that answers OK and nothing to everything: all tests then talk to that one, and none may
+pass (tests/conformance/test_hollow.py)."""
+
 _POLL_S = 0.02
 _LOG_TAIL_CHARS = 20_000
 
@@ -91,11 +95,14 @@ class ReServer:
 
     @property
     def pid(self) -> int:
-        return self._running().pid
+        return os.getpid() if HOLLOW else self._running().pid
 
     def start(self) -> Self:
         """Start the server and return when it listens. Raises AssertionError with its log when it does not."""
         assert self._process is None, "the server runs already"
+        if HOLLOW:
+            self._address = HOLLOW
+            return self
         with self._log_file.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -115,6 +122,8 @@ class ReServer:
 
     def log_text(self) -> str:
         """Return all it has said since it was last started."""
+        if HOLLOW:
+            return ""
         with self._log_file.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
@@ -146,6 +155,8 @@ class ReServer:
 
     def terminate(self, *, timeout_s: float = 30) -> None:
         """Ask it to end with SIGTERM. Raises AssertionError unless it ends with exit code 0 and leaves no process."""
+        if HOLLOW:
+            return
         process, started = self._running(), self._descendants()
         process.send_signal(signal.SIGTERM)
         try:
@@ -206,9 +217,14 @@ class ReServer:
         return self.log_text()[-_LOG_TAIL_CHARS:] or "(empty)"
 
 
+def patience(timeout_s: float) -> float:
+    """Return how long to wait for something: hardly at all, when no test is expected to pass."""
+    return min(timeout_s, 0.5) if HOLLOW else timeout_s
+
+
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
     """Return as soon as `condition` holds. Raises AssertionError naming `what` when it does not in time."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patience(timeout_s)
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what}")

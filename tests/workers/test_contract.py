@@ -158,7 +158,7 @@ async def test_timeout_keeps_what_was_written_and_kills_all(bench: Bench) -> Non
     """The deadline ends the command and every process it started, also a daemon that ignores SIGTERM."""
     ran = await bench.sh(f"echo before; echo too >&2; {DAEMON} sleep 1000", timeout_s=1.5)
     assert ran.result.timed_out
-    assert ran.result.message == "timed out after 1.5 s"
+    assert ran.result.message.startswith("timed out after 1.5 s")
     assert (ran.stdout, ran.stderr) == (b"before\n", b"too\n")
     assert (ran.root / "ready").exists()
     assert bench.survivors() == []

@@ -111,7 +111,8 @@ async def test_command_may_tidy_up_at_the_deadline(base_dir: Path, use_chroot: b
     """SIGTERM reaches it, in a private root too, and what it then writes is kept."""
     async with open_host_worker(base_dir / "work", use_chroot=use_chroot) as worker:
         ran = await Bench(worker).sh("trap 'echo bye; exit 0' TERM; sleep 1000 & wait", timeout_s=0.5)
-    assert (ran.result.timed_out, ran.result.message, ran.stdout) == (True, "timed out after 0.5 s", b"bye\n")
+    assert (ran.result.timed_out, ran.stdout) == (True, b"bye\n")
+    assert ran.result.message.startswith("timed out after 0.5 s; ")
 
 
 async def test_cancelled_command_is_dead_within_two_seconds(bench: Bench) -> None:

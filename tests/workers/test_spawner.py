@@ -21,6 +21,7 @@ import uvloop
 
 from expbuild.errors import WorkerFailed
 from expbuild.workers.base import DEFAULT_PATH, Owner
+from expbuild.workers.limits import Limits
 from expbuild.workers.spawner_client import BadWorkingDirectory, CannotExecute, Ended, Spawn, Spawner, SpawnResult
 from tests.support.processes import process_tree
 from tests.support.require import require_tool
@@ -262,7 +263,7 @@ async def test_fork_bomb_is_ended(desk: Desk) -> None:
     """Processes that multiply while they are being killed are killed all the same."""
     require_tool("perl")
     bomb = "trap '' TERM; exec perl -e 'setpgrp, fork while 1'"
-    running = desk.start_sh(bomb, owner=FORK_BOMB_USER, max_processes=300)
+    running = desk.start_sh(bomb, owner=FORK_BOMB_USER, limits=Limits(processes=300, own_user=True))
     await wait_until(lambda: len(desk.survivors()) > 250)
     running.cancel()
     await asyncio.wait([running])

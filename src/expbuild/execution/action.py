@@ -105,7 +105,7 @@ async def load_action(blobs: BlobStore, digest: Digest, timeouts: TimeoutPolicy)
 
     def check() -> ActionSpec:
         command = parse_message(Command(), command_bytes, command_digest)
-        platform = action.platform if action.platform.properties else command.platform
+        platform = action.platform if action.HasField("platform") else command.platform
         return ActionSpec(
             digest=digest,
             command=check_command(command),

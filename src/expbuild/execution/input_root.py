@@ -14,6 +14,7 @@ from pathlib import Path
 from expbuild.errors import InvalidArgument
 from expbuild.execution.action import Components
 from expbuild.execution.input_tree import InputDirectory, InputTree
+from expbuild.execution.usage import Traffic
 from expbuild.storage.base import BlobStore, Sharing
 from expbuild.workers.base import Owner
 from expbuild.workers.work_dir import OPEN_DIRECTORY
@@ -36,23 +37,26 @@ def materialize(
     output_parents: Iterable[Components],
     owner: Owner | None,
     sharing: Sharing,
-) -> None:
-    """Make `root` hold the tree and the parent directories of every output.
+) -> Traffic:
+    """Make `root` hold the tree and the parent directories of every output; return what was placed.
 
     Directories belong to `owner` and are writable, files are not. Raises BlobNotFound for a blob evicted meanwhile,
     InvalidArgument for an output below an input file, OSError when the disk does not take it.
     """
+    placed = Traffic()
     root_fd = os.open(root, OPEN_DIRECTORY)
     try:
         for fd, directory in _create_directories(tree, root_fd, owner):
             for file in directory.files:
                 blobs.place(file.digest, fd, file.name, executable=file.executable, sharing=sharing)
+                placed.add(file.digest.size_bytes)
             for name, target in directory.symlinks.items():
                 os.symlink(target, name, dir_fd=fd)
         for path in output_parents:
             _create_parent(root_fd, path, owner)
     finally:
         os.close(root_fd)
+    return placed
 
 
 def _create_directories(tree: InputTree, root_fd: int, owner: Owner | None) -> Iterator[tuple[int, InputDirectory]]:

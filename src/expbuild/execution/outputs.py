@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import InvalidArgument, OutputRejected
 from expbuild.execution.action import MAX_DEPTH, CommandSpec, OutputKind, OutputRequest
+from expbuild.execution.usage import Traffic
 from expbuild.reapi import (
     ActionResult,
     DigestMessage,
@@ -28,6 +29,7 @@ from expbuild.reapi import (
 )
 from expbuild.storage.base import BlobStore
 from expbuild.workers.base import Owner
+from expbuild.workers.verdicts import human_bytes
 from expbuild.workers.work_dir import OPEN_DIRECTORY
 
 _NOT_A_DIRECTORY = frozenset({errno.ENOTDIR, errno.ELOOP})
@@ -38,10 +40,16 @@ MAX_ENTRIES = 2_000_000
 
 @dataclass
 class CollectedOutputs:
-    """The outputs found: `result` has the output lists filled, `blobs` holds messages still to be stored."""
+    """The outputs found: `result` has the output lists filled, `blobs` holds messages still to be stored.
+
+    missing: what was declared and does not exist; complaint: a sentence about that, for people. traffic: the files.
+    """
 
     result: ActionResult = field(default_factory=ActionResult)
     blobs: dict[Digest, bytes] = field(default_factory=dict)
+    missing: list[OutputRequest] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+    complaint: str = ""
 
 
 class OutputCollector:
@@ -50,6 +58,7 @@ class OutputCollector:
     root_fd: the input root the action ran in, open. owner: whom it ran as, None for our own user.
     absolute_symlinks: whether symlinks may have absolute targets.
     accepts_directories: whether a directory may be returned where a file was declared.
+    max_bytes: the most that all output files together may hold, by the sizes they claim.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class OutputCollector:
         owner: Owner | None,
         absolute_symlinks: bool,
         accepts_directories: bool,
+        max_bytes: int = 32 << 30,
     ) -> None:
         self._blobs = blobs
         self._root_fd = root_fd
@@ -71,6 +81,7 @@ class OutputCollector:
         self._entries = 0
         self._absolute_symlinks = absolute_symlinks
         self._accepts_directories = accepts_directories
+        self._max_bytes = max_bytes
         self._found = CollectedOutputs()
 
     def collect(self) -> CollectedOutputs:
@@ -97,6 +108,7 @@ class OutputCollector:
             return
         parent_fd = self._open_parent(request)
         if parent_fd is None:
+            self._found.missing.append(request)
             return
         try:
             self._collect_from(parent_fd, request, request.location[-1])
@@ -126,6 +138,7 @@ class OutputCollector:
         try:
             mode = os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_mode
         except FileNotFoundError:
+            self._found.missing.append(request)
             return
         if stat.S_ISLNK(mode):
             self._add_symlink(request, parent_fd, name)
@@ -229,6 +242,13 @@ class OutputCollector:
                 raise OutputRejected(f"output file {name!r} is not a regular file")
             if self._owner is not None and not _may_read(self._owner, found):
                 raise OutputRejected(f"output file {name!r} is a link to a file that the action could not read itself")
+            traffic = self._found.traffic
+            traffic.add(found.st_size)
+            if traffic.size_bytes > self._max_bytes:
+                raise OutputRejected(
+                    f"output file {name!r} of {human_bytes(found.st_size)}: the outputs are larger than "
+                    f"{human_bytes(self._max_bytes)} together (max_output_bytes)"
+                )
             return self._blobs.ingest(fd, self._function), bool(found.st_mode & 0o111)
         finally:
             os.close(fd)

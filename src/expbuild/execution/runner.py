@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,10 +20,13 @@ from expbuild.execution.action import ActionSpec
 from expbuild.execution.execution import Execution, Outcome, Timeline
 from expbuild.execution.input_root import create_workspace, materialize
 from expbuild.execution.input_tree import InputTree
+from expbuild.execution.missing import describe_missing
 from expbuild.execution.outputs import CollectedOutputs, OutputCollector
+from expbuild.execution.usage import Traffic, attach_usage
 from expbuild.reapi import ActionResult
 from expbuild.storage.base import ActionCache, ActionKey, BlobStore, Sharing, write_blob
 from expbuild.workers.base import Owner, Run, RunResult, Worker
+from expbuild.workers.limits import cut_stream
 from expbuild.workers.work_dir import OPEN_DIRECTORY, remove_tree
 
 log = structlog.get_logger()
@@ -32,12 +36,21 @@ _BLOBS_AT_ONCE = 64
 """So many small blobs are written on the event loop before others get their turn."""
 
 
+@dataclass(frozen=True, slots=True)
+class OutputLimits:
+    """The most an action may write: to stdout and to stderr, and to all its outputs together."""
+
+    max_log_bytes: int = 64 << 20
+    max_output_bytes: int = 32 << 30
+
+
 class ActionRunner:
     """Runs actions, one call each.
 
     executor: runs what blocks: preparing, collecting and deleting workspaces.
     background: owns the deletion of workspaces, which nobody waits for.
     absolute_symlinks: whether symlinks in outputs may have absolute targets.
+    limits: how much output an action may make.
     """
 
     def __init__(
@@ -48,12 +61,14 @@ class ActionRunner:
         background: asyncio.TaskGroup,
         *,
         absolute_symlinks: bool,
+        limits: OutputLimits = OutputLimits(),
     ) -> None:
         self._blobs = blobs
         self._action_cache = action_cache
         self._executor = executor
         self._background = background
         self._absolute_symlinks = absolute_symlinks
+        self._limits = limits
 
     async def run(self, execution: Execution, worker: Worker) -> Outcome:
         """Run the execution's action; its outputs, then its cache entry are stored before this returns.
@@ -70,46 +85,47 @@ class ActionRunner:
         workspace = worker.work_dir / f"{execution.id}-{execution.attempts}"
         times.worker_start = times.input_fetch_start = now()
         try:
-            await self._prepare(workspace, spec, tree, worker.owner)
+            inputs = await self._prepare(workspace, spec, tree, worker.owner)
             times.input_fetch_completed = times.execution_start = now()
-            ran = await worker.run(_run_of(spec, workspace))
+            ran = await worker.run(self._run_of(spec, workspace))
             times.execution_completed = times.output_upload_start = now()
-            result, error = await self._collect(workspace, execution, spec, worker.owner, ran)
+            found, error = await self._collect(workspace, execution, spec, worker.owner, ran)
             times.output_upload_completed = times.worker_completed = now()
         finally:
             self._background.create_task(self._remove(workspace), name=f"remove {workspace.name}")
+        result = found.result
         result.execution_metadata.CopyFrom(times.metadata(worker.name))
+        attach_usage(result, times, ran.usage, inputs, found.traffic)
         if error is None and result.exit_code == 0 and not spec.do_not_cache:
             await self._cache(execution, result)
-        return Outcome(error=error, result=result, message=ran.message)
+        message = "; ".join(filter(None, [ran.message, found.complaint]))
+        return Outcome(error=error, result=result, message=message)
 
-    async def _prepare(self, workspace: Path, spec: ActionSpec, tree: InputTree, owner: Owner | None) -> None:
+    async def _prepare(self, workspace: Path, spec: ActionSpec, tree: InputTree, owner: Owner | None) -> Traffic:
         sharing = Sharing.LINK if owner is not None and owner.uid not in (0, os.geteuid()) else Sharing.COPY
         parents = {output.location[:-1] for output in spec.command.outputs if output.location}
         root = workspace / "root"
 
-        def prepare() -> None:
+        def prepare() -> Traffic:
             create_workspace(workspace, owner)
-            materialize(tree, self._blobs, root, output_parents=sorted(parents), owner=owner, sharing=sharing)
+            return materialize(tree, self._blobs, root, output_parents=sorted(parents), owner=owner, sharing=sharing)
 
         with _worker_errors("prepare the input root"):
             try:
-                await self._in_thread(prepare)
+                return await self._in_thread(prepare)
             except BlobNotFound as error:
                 raise MissingBlobs([error.digest]) from error
 
     async def _collect(
         self, workspace: Path, execution: Execution, spec: ActionSpec, owner: Owner | None, ran: RunResult
-    ) -> tuple[ActionResult, ExpbuildError | None]:
-        """Return the result with all its blobs stored, and what is wrong with it."""
+    ) -> tuple[CollectedOutputs, ExpbuildError | None]:
+        """Return what was found, with all its blobs stored, and what is wrong with it."""
         function = spec.digest.function
         error: ExpbuildError | None = ActionTimedOut() if ran.timed_out else None
         with _worker_errors("collect the outputs"):
             stdout, stderr = await self._in_thread(self._store_streams, workspace, function)
             try:
-                found = await self._in_thread(
-                    self._collect_outputs, workspace / "root", spec, owner, execution.accepts_directories
-                )
+                found = await self._in_thread(self._collect_outputs, workspace / "root", execution, spec, owner)
             except ExpbuildError as rejected:
                 error = error or rejected
                 found = CollectedOutputs()
@@ -121,31 +137,50 @@ class ActionRunner:
         result.exit_code = ran.exit_code
         for target, digest in ((result.stdout_digest, stdout), (result.stderr_digest, stderr)):
             target.hash, target.size_bytes = digest.hash, digest.size_bytes
-        return result, error
+        return found, error
 
     def _store_streams(self, workspace: Path, function: DigestFunction) -> list[Digest]:
         digests = []
         for name in ("stdout", "stderr"):
-            with open(workspace / name, "rb") as file:
+            with open(workspace / name, "r+b", buffering=0) as file:
+                cut_stream(file.fileno(), self._limits.max_log_bytes)
                 digests.append(self._blobs.ingest(file.fileno(), function))
         return digests
 
     def _collect_outputs(
-        self, root: Path, spec: ActionSpec, owner: Owner | None, accepts_directories: bool
+        self, root: Path, execution: Execution, spec: ActionSpec, owner: Owner | None
     ) -> CollectedOutputs:
+        assert execution.tree is not None
         root_fd = os.open(root, OPEN_DIRECTORY)
         try:
-            return OutputCollector(
+            found = OutputCollector(
                 self._blobs,
                 root_fd,
                 spec.digest.function,
                 spec.command,
                 owner=owner,
                 absolute_symlinks=self._absolute_symlinks,
-                accepts_directories=accepts_directories,
+                accepts_directories=execution.accepts_directories,
+                max_bytes=self._limits.max_output_bytes,
             ).collect()
+            found.complaint = describe_missing(root_fd, execution.tree, spec.command.outputs, found.missing)
+            return found
         finally:
             os.close(root_fd)
+
+    def _run_of(self, spec: ActionSpec, workspace: Path) -> Run:
+        command = spec.command
+        return Run(
+            arguments=command.arguments,
+            environment=command.environment,
+            workspace=workspace,
+            working_directory="/".join(command.working_directory),
+            timeout_s=spec.timeout_s,
+            stdout=workspace / "stdout",
+            stderr=workspace / "stderr",
+            max_log_bytes=self._limits.max_log_bytes,
+            max_output_bytes=self._limits.max_output_bytes,
+        )
 
     async def _cache(self, execution: Execution, result: ActionResult) -> None:
         """Store the cache entry; a cache that cannot be written does not spoil a good result."""
@@ -170,19 +205,6 @@ class ActionRunner:
                 with suppress(asyncio.CancelledError):  # our caller gets the first one
                     await asyncio.wait([job])
             raise
-
-
-def _run_of(spec: ActionSpec, workspace: Path) -> Run:
-    command = spec.command
-    return Run(
-        arguments=command.arguments,
-        environment=command.environment,
-        workspace=workspace,
-        working_directory="/".join(command.working_directory),
-        timeout_s=spec.timeout_s,
-        stdout=workspace / "stdout",
-        stderr=workspace / "stderr",
-    )
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Run:
     working_directory: relative to the input root, "" for the root itself; exists.
     timeout_s: the command is killed after this long; None means no limit.
     stdout, stderr: files the worker creates and the command writes to; outside of what the command can reach.
+    max_log_bytes: a command that writes more to one of them is killed. max_output_bytes: the largest file it can write.
     """
 
     arguments: tuple[str, ...]
@@ -42,6 +43,21 @@ class Run:
     timeout_s: float | None
     stdout: Path
     stderr: Path
+    max_log_bytes: int = 64 << 20
+    max_output_bytes: int = 32 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a command used, all of its processes together; None where nobody counted.
+
+    memory_peak_is_of_largest: the peak is that of its largest process, not of all at once.
+    """
+
+    user_cpu_s: float | None = None
+    system_cpu_s: float | None = None
+    memory_peak_bytes: int | None = None
+    memory_peak_is_of_largest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,7 @@ class RunResult:
     exit_code: int
     timed_out: bool = False
     message: str = ""
+    usage: Usage = Usage()
 
 
 class Worker(Protocol):

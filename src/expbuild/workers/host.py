@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
@@ -15,15 +14,15 @@ from typing import assert_never
 from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
 from expbuild.platform_properties import WorkerProperties, host_properties
-from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult
+from expbuild.workers import verdicts
+from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult, Usage
 from expbuild.workers.identity import SLOT_IDS, resolve_owner
+from expbuild.workers.limits import Limits
 from expbuild.workers.sandbox import TMPDIR, Sandbox, refusal
 from expbuild.workers.seqpacket import memory_file
 from expbuild.workers.spawner_client import BadWorkingDirectory, CannotExecute, Ended, Spawn, Spawner, SpawnResult
 from expbuild.workers.work_dir import lock_work_dir, make_work_dir, remove_tree
 
-_MAX_PROCESSES = 4096
-"""Processes and threads of an action, where the slot has a user of its own to count them by."""
 _SELF_TEST_S = 60.0
 _SELF_TEST = """
 cd "$TMPDIR" && : > self-test || exit
@@ -98,10 +97,10 @@ class HostWorker:
                 working_directory=run.working_directory,
                 timeout_s=run.timeout_s,
                 owner=self._owner,
-                max_processes=_MAX_PROCESSES if self._owner is not None and self._owner.uid in SLOT_IDS else None,
+                limits=self._limits(run),
             )
             result = await (self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn))
-        return _to_run_result(run, environment["PATH"], result)
+        return self._to_run_result(run, environment["PATH"], result)
 
     async def close(self) -> None:
         """Remove the work directory. Called when no run is in progress and all workspaces are gone."""
@@ -136,6 +135,46 @@ class HostWorker:
         tmpdir = TMPDIR if self._sandbox is not None else str(run.workspace / "tmp")
         passed_on = {name: os.environ[name] for name in self._config.env_whitelist if name in os.environ}
         return {"PATH": DEFAULT_PATH, "TMPDIR": tmpdir, **passed_on, **run.environment}
+
+    def _limits(self, run: Run) -> Limits:
+        config = self._config
+        return Limits(
+            memory_bytes=config.memory_limit,
+            cpus=config.cpu_limit,
+            processes=config.max_processes,
+            own_user=self._owner is not None and self._owner.uid in SLOT_IDS,
+            open_files=config.max_open_files,
+            file_bytes=run.max_output_bytes,
+            stream_bytes=run.max_log_bytes,
+        )
+
+    def _to_run_result(self, run: Run, path: str, result: SpawnResult) -> RunResult:
+        match result:
+            case Ended():
+                code = 128 + result.signal if result.signal is not None else result.exit_code
+                assert code is not None  # one of them is set
+                return RunResult(code, result.timed_out, self._verdict(run, result, code), _usage(result))
+            case CannotExecute():
+                raise InvalidArgument(_why_not(run, path, result))
+            case BadWorkingDirectory():
+                raise InvalidArgument(
+                    f"the working directory {run.working_directory!r} cannot be entered: {result.error}"
+                )
+            case _:
+                assert_never(result)
+
+    def _verdict(self, run: Run, result: Ended, code: int) -> str:
+        """Say how the command ended when its exit code does not."""
+        if result.flooded:
+            return verdicts.too_much_output(result.flooded, run.max_log_bytes, exit_code=code)
+        if result.timed_out:
+            return verdicts.timed_out(run)
+        if result.signal is None and result.exit_code == 0:
+            return ""
+        if result.out_of_memory and self._config.memory_limit is not None:
+            return verdicts.out_of_memory(self._config.memory_limit, result.memory_peak_bytes)
+        reasons = [verdicts.killed_by(result.signal, file_bytes=run.max_output_bytes)] if result.signal else []
+        return "; ".join([*reasons, *filter(None, [verdicts.disk_full(run.workspace)])])
 
     def _prepare(self) -> None:
         self._owner = resolve_owner(self._config, self._slot)
@@ -179,6 +218,16 @@ class HostWorker:
             await asyncio.to_thread(remove_tree, workspace)
 
 
+def _usage(result: Ended) -> Usage:
+    of_all = result.memory_peak_bytes
+    return Usage(
+        user_cpu_s=result.user_cpu_s,
+        system_cpu_s=result.system_cpu_s,
+        memory_peak_bytes=result.max_rss_bytes if of_all is None else of_all,
+        memory_peak_is_of_largest=of_all is None,
+    )
+
+
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
@@ -210,35 +259,6 @@ def _disk_error(error: OSError) -> WorkerFailed | WorkerFull:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return WorkerFull(f"no room for the output of the command: {error.strerror}")
     return WorkerFailed(f"the workspace cannot be used: {error}")
-
-
-def _to_run_result(run: Run, path: str, result: SpawnResult) -> RunResult:
-    match result:
-        case Ended():
-            return _ended(run, result)
-        case CannotExecute():
-            raise InvalidArgument(_why_not(run, path, result))
-        case BadWorkingDirectory():
-            raise InvalidArgument(f"the working directory {run.working_directory!r} cannot be entered: {result.error}")
-        case _:
-            assert_never(result)
-
-
-def _ended(run: Run, result: Ended) -> RunResult:
-    code = 128 + result.signal if result.signal is not None else result.exit_code
-    assert code is not None  # one of them is set
-    if result.timed_out:
-        return RunResult(code, timed_out=True, message=f"timed out after {run.timeout_s:g} s")
-    if result.signal is not None:
-        return RunResult(code, message=f"killed by signal {result.signal} ({_signal_name(result.signal)})")
-    return RunResult(code)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
 
 
 def _why_not(run: Run, path: str, result: CannotExecute) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import structlog
 from expbuild.errors import StartupError, WorkerFailed
 from expbuild.workers import spawner as program
 from expbuild.workers.base import Owner
+from expbuild.workers.limits import Limits
 from expbuild.workers.seqpacket import memory_file, receive, send_fds
+from expbuild.workers.spawner_reaper import KILL, PATIENCE_S
 
 log = structlog.get_logger()
 
@@ -29,6 +32,16 @@ _ANSWER_S = 30.0
 """How long the spawner may take for what takes milliseconds, on a machine that is very busy."""
 _CONFIRM_S = 5.0
 """How long a cancelled run waits for the word that all is dead."""
+_BOOTSTRAP = """
+import os, sys, types
+where = sys.argv.pop(1)
+for name, path in (("expbuild", os.path.dirname(where)), ("expbuild.workers", where)):
+    sys.modules[name] = package = types.ModuleType(name)
+    package.__path__ = [path]
+from expbuild.workers.spawner import main
+main()
+"""
+"""Makes the modules of the spawner importable without running what our packages import themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,7 @@ class Spawn:
     closes them; the extra ones are 3, 4, ... in the command. working_directory: relative to `root`, no component of
     it a symbolic link. owner: whom to run as; None for our own user. kill_grace_s: between SIGTERM and SIGKILL at the
     deadline. spare_leader: SIGTERM goes to the process group without its leader, a wrapper.
-    max_processes: how many the owner may have, whoever started them; for an owner that has no other runs.
+    limits: what it may use up.
     """
 
     arguments: tuple[str, ...]
@@ -53,7 +66,7 @@ class Spawn:
     kill_grace_s: float = 2.0
     extra: tuple[int, ...] = ()
     spare_leader: bool = False
-    max_processes: int | None = None
+    limits: Limits = field(default_factory=Limits)
 
     def to_spec(self) -> bytes:
         """Return what the reaper reads."""
@@ -68,7 +81,7 @@ class Spawn:
                 "kill_grace_s": self.kill_grace_s,
                 "cancel_grace_s": CANCEL_GRACE_S,
                 "spare_leader": self.spare_leader,
-                "max_processes": self.max_processes,
+                "limits": dataclasses.asdict(self.limits),
             }
         ).encode()
 
@@ -77,8 +90,10 @@ class Spawn:
 class Ended:
     """The command ran and is dead, with all it started. One of `exit_code` and `signal` is set.
 
-    The resources are those of all its processes together, the memory that of the largest one (never less than the
-    few MiB of the fork it began as).
+    The resources are those of all its processes together, `max_rss_bytes` that of the largest one (never less than
+    the few MiB of the fork it began as); `memory_peak_bytes` is that of all at once, None where nobody counted.
+    flooded: "stdout" or "stderr" when it was killed for writing too much there. out_of_memory: a process was killed
+    because the limit was reached. limited_by: the controllers of its control group.
     """
 
     exit_code: int | None
@@ -88,6 +103,10 @@ class Ended:
     user_cpu_s: float
     system_cpu_s: float
     max_rss_bytes: int
+    flooded: str
+    out_of_memory: bool
+    memory_peak_bytes: int | None
+    limited_by: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +181,7 @@ class Spawner:
             self._socket.close()
             self._socket = None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CONFIRM_S + program.PATIENCE_S):
+            async with asyncio.timeout(_CONFIRM_S + PATIENCE_S):
                 await self._idle.wait()
                 if self._process is not None:
                     await self._process.wait()
@@ -246,7 +265,8 @@ class Spawner:
         try:
             with theirs:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-I", "-S", str(Path(program.__file__)), str(theirs.fileno())),
+                    *(sys.executable, "-I", "-S", "-c", _BOOTSTRAP, str(Path(program.__file__).parent)),
+                    str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
@@ -277,7 +297,7 @@ class Spawner:
 def _to_result(message: dict[str, Any]) -> SpawnResult:
     match message.pop("kind"):
         case "ended":
-            return Ended(**message)
+            return Ended(**{**message, "limited_by": tuple(message["limited_by"])})
         case "cannot_exec":
             return CannotExecute(**message)
         case "working_directory":
@@ -291,7 +311,7 @@ def _to_result(message: dict[str, Any]) -> SpawnResult:
 async def _kill(control: socket.socket) -> None:
     """Have the command killed; wait until it is, whatever happens to us, but not for ever."""
     with contextlib.suppress(OSError):
-        control.send(program.KILL)
+        control.send(KILL)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _CONFIRM_S
     end = asyncio.ensure_future(_read_to_end(control))
