@@ -117,6 +117,11 @@ class Bench:
                 if self.worker.owner is not None:
                     os.chown(root / parent, self.worker.owner.uid, self.worker.owner.gid)
 
+    def has_made(self, run: Run, name: str) -> bool:
+        """Whether a running command has made a file in its input root, wherever the worker has put that meanwhile."""
+        roots = (run.workspace / "root", *self.worker.work_dir.glob("container-*/root"))
+        return any((root / name).exists() for root in roots)
+
     def survivors(self) -> list[str]:
         """Return the command lines of all living processes that a command of ours started."""
         return processes_with(f"EXPBUILD_TEST_MARK={self.mark}")

@@ -161,7 +161,7 @@ async def test_daemons_of_one_command_do_not_meet_the_next(bench: Bench, docker:
     spawn = "i=0; while [ $i -lt 100 ]; do (setsid sh -c 'trap \"\" TERM HUP INT; sleep 1000' &); i=$((i+1)); done"
     assert (await bench.sh(spawn)).exit_code == 0
     assert bench.survivors() == []
-    assert (await bench.sh("ps -o user | grep -c builder")).stdout == b"3\n"
+    assert (await bench.sh("ps -o comm | grep -c sleep")).stdout == b"0\n"
     assert container(bench, docker) == before
 
 
@@ -190,7 +190,7 @@ async def test_out_of_memory_is_said_with_the_limit(
     async with opened(base_dir, docker, busybox, memory_limit=MEMORY_LIMIT) as bench:
         before = container(bench, docker)
         ran = await bench.sh(script)
-        assert ran.result.message == f"out of memory: the limit is {MEMORY_LIMIT} bytes"
+        assert ran.result.message == "out of memory: a process was killed at the memory limit of 64 MiB (memory_limit)"
         assert ran.exit_code in (137, 3)
         assert (await bench.sh("exit 137")).result.message == ""
         assert container(bench, docker) != before
@@ -222,8 +222,7 @@ async def test_a_container_ended_by_others_is_no_result(bench: Bench, docker: Do
     run = bench.prepare("/bin/sh", "-c", "trap 'exit 0' TERM; : > ready; while :; do sleep 1; done")
     running = asyncio.create_task(bench.worker.run(run))
     assert isinstance(bench.worker, DockerWorker)
-    root = bench.worker.work_dir / "container-1/root"
-    await wait_until((root / "ready").exists)
+    await wait_until(lambda: bench.has_made(run, "ready"))
     docker.run(command, *(["--force"] if command == "rm" else []), container(bench, docker))
     with pytest.raises(WorkerFailed, match="container"):
         await running

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -18,6 +19,7 @@ import structlog
 from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed
 from expbuild.platform_properties import WorkerProperties, docker_properties
+from expbuild.workers import verdicts
 from expbuild.workers.base import Owner, Run, RunResult
 from expbuild.workers.docker_container import RESERVED
 from expbuild.workers.docker_daemon import Daemon, to_the_end
@@ -105,10 +107,13 @@ class DockerWorker:
             if self._daemon.has_leftovers:  # nothing runs beside what could not be removed
                 await self._daemon.remove_leftovers()
                 await self._discard_warm()
-            return await self._run(run, self._image)
+            result = await self._run(run, self._image)
         except WorkerFailed as error:
             self.offline_reason = str(error)
             raise
+        if result.exit_code and not result.message and (said := verdicts.disk_full(run.workspace)):
+            return replace(result, message=said)
+        return result
 
     async def close(self) -> None:
         """Remove what may be left and disconnect. Takes no longer than the daemon's time limit."""

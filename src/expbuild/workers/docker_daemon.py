@@ -92,7 +92,13 @@ class Daemon:
 
         A cancellation takes effect only afterwards: cut off in between, we would not know of the container.
         """
-        return await to_the_end(self._create(config))
+        creating = asyncio.create_task(self._create(config))
+        try:
+            return await to_the_end(_result(creating))
+        except asyncio.CancelledError:
+            if not creating.cancelled() and creating.exception() is None:
+                await self.remove(creating.result())
+            raise
 
     async def _create(self, config: dict[str, Any]) -> DockerContainer:
         async with self.call("create a container"):
@@ -177,6 +183,10 @@ async def to_the_end(coroutine: Coroutine[Any, Any, _T]) -> _T:
         task.exception()  # marks it as seen
         raise cancelled
     return task.result()
+
+
+async def _result(task: asyncio.Task[_T]) -> _T:
+    return await task
 
 
 def _reason(error: Exception) -> str:

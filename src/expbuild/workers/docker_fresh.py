@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from aiodocker.containers import DockerContainer
@@ -14,6 +14,7 @@ from aiodocker.stream import Message, Stream
 
 from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import WorkerFailed, WorkerFull
+from expbuild.workers import verdicts
 from expbuild.workers.base import Run, RunResult
 from expbuild.workers.docker_container import environment, fresh_container
 from expbuild.workers.docker_daemon import Daemon, to_the_end
@@ -49,6 +50,7 @@ class FreshContainers:
     async def _run_in(self, container: DockerContainer, run: Run, image: Image) -> RunResult:
         expired = asyncio.Event()
         failure: Exception | None = None
+        flooded = ""
         async with self._attached(container) as stream:
             await self._start(container, run, image)
             try:
@@ -56,7 +58,7 @@ class FreshContainers:
                     guards = [tasks.create_task(self._watch(container))]
                     if run.timeout_s is not None:
                         guards.append(tasks.create_task(self._kill_after(run.timeout_s, container, expired)))
-                    await self._copy_output(stream, run)
+                    flooded = await self._copy_output(stream, run, lambda: tasks.create_task(self._kill(container)))
                     async with self._daemon.call_within(None, "wait for the container"):  # _watch is its bound
                         await container.wait()
                     for guard in guards:
@@ -67,8 +69,11 @@ class FreshContainers:
             raise failure  # the others were its echo
         async with self._daemon.call("inspect the container"):
             state = (await container.show())["State"]
+        if flooded:
+            code = _KILLED
+            return RunResult(code, message=verdicts.too_much_output(flooded, run.max_log_bytes, exit_code=code))
         if expired.is_set():
-            return RunResult(state["ExitCode"], timed_out=True, message=f"timed out after {run.timeout_s:g} s")
+            return RunResult(state["ExitCode"], timed_out=True, message=verdicts.timed_out(run))
         if state["OOMKilled"]:
             return RunResult(state["ExitCode"], message=out_of_memory(self._config.memory_limit))
         if state["ExitCode"] == _KILLED and await self._daemon.has_killed(container, state):
@@ -91,14 +96,17 @@ class FreshContainers:
         """Kill the container at the deadline; raise WorkerFailed if it does not die of it."""
         await asyncio.sleep(timeout_s)
         expired.set()
+        await self._kill(container)
+        await asyncio.sleep(_KILL_GRACE_S)
+        raise WorkerFailed(f"a container is still there {_KILL_GRACE_S:g} s after it was killed")
+
+    async def _kill(self, container: DockerContainer) -> None:
         async with self._daemon.call("kill the container"):
             try:
                 await container.kill()
             except DockerError as error:
                 if error.status not in (404, 409):  # it has ended at the same moment
                     raise
-        await asyncio.sleep(_KILL_GRACE_S)
-        raise WorkerFailed(f"a container is still there {_KILL_GRACE_S:g} s after it was killed")
 
     async def _watch(self, container: DockerContainer) -> None:
         """Raise WorkerFailed when the daemon stops answering, loses the container or does not tell us of its end."""
@@ -122,22 +130,30 @@ class FreshContainers:
         finally:
             await stream.close()
 
-    async def _copy_output(self, stream: Stream, run: Run) -> None:
+    async def _copy_output(self, stream: Stream, run: Run, kill: Callable[[], object]) -> str:
         """Write stdout and stderr to their files until both have ended, holding at most about a MiB.
 
         They end with the container: its process 1 takes every other one along, so nothing in the background can
-        keep them open.
+        keep them open. Calls `kill` when one of them exceeds its limit, and returns which one: "" is neither.
         """
         batch: list[Message] = []
         size_bytes = 0
+        room_bytes = {1: run.max_log_bytes + 1, 2: run.max_log_bytes + 1}
+        flooded = ""
         async with self._daemon.call_within(None, "deliver the output"):  # _watch is its bound
             while (message := await stream.read_out()) is not None:
-                batch.append(message)
-                size_bytes += len(message.data)
+                data = message.data[: room_bytes[message.stream]]
+                room_bytes[message.stream] -= len(data)
+                if not room_bytes[message.stream] and not flooded:
+                    flooded = "stdout" if message.stream == 1 else "stderr"
+                    kill()  # and go on reading: the daemon reports no end before all output is delivered
+                batch.append(Message(message.stream, data))
+                size_bytes += len(data)
                 if size_bytes >= _WRITE_BATCH_BYTES:
                     await to_the_end(asyncio.to_thread(_append_output, run, batch))
                     batch, size_bytes = [], 0
         await to_the_end(asyncio.to_thread(_append_output, run, batch))
+        return flooded
 
 
 def _append_output(run: Run, messages: Sequence[Message]) -> None:

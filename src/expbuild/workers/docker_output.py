@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from expbuild.errors import WorkerFailed, WorkerFull
@@ -25,11 +26,18 @@ class OutputPipe:
         path.chmod(0o666)  # opening /dev/stdout opens it anew, as the command's user
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._target: int | None = None
+        self._room_bytes = 0
+        self._on_flood: Callable[[], None] | None = None
         self._error: OSError | None = None
 
-    def start(self, target: Path) -> None:
-        """Begin to copy what is written into a new file."""
+    def start(self, target: Path, limit_bytes: int, on_flood: Callable[[], None]) -> None:
+        """Begin to copy what is written into a new file.
+
+        What exceeds the limit is dropped but for one byte, by which it is known; `on_flood` is called once.
+        """
         self._error = None
+        self._room_bytes = limit_bytes + 1
+        self._on_flood = on_flood
         self._target = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         asyncio.get_running_loop().add_reader(self._fd, self._copy)
 
@@ -65,6 +73,11 @@ class OutputPipe:
         except BlockingIOError:
             return False
         assert self._target is not None
+        data = data[: self._room_bytes]
+        self._room_bytes -= len(data)
+        if self._room_bytes == 0 and self._on_flood is not None:
+            self._on_flood()
+            self._on_flood = None
         try:
             while data and self._error is None:  # after one the rest is dropped, or the command would hang
                 data = data[os.write(self._target, data) :]

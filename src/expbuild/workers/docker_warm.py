@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aiodocker.stream import Stream
 
 from expbuild.config_workers import DockerWorkerConfig
 from expbuild.errors import WorkerFailed
+from expbuild.workers import verdicts
 from expbuild.workers.base import Run, RunResult
 from expbuild.workers.docker_agent import Reply, agent_command, command_script, raise_if_agent_complained
 from expbuild.workers.docker_container import WORKSPACE, environment, hostname, warm_container
@@ -143,20 +145,24 @@ class WarmContainer:
     async def _execute(self, run: Run) -> tuple[RunResult, str]:
         """Return the result, and what is doubtful about the container after it."""
         assert self._stream is not None
+        flooded: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         for pipe, target in zip(self._pipes, (run.stdout, run.stderr), strict=True):
-            pipe.start(target)
+            pipe.start(target, run.max_log_bytes, partial(_set, flooded, target.name))
         line = self._expect_line()
         async with self._daemon.call("pass on a command"):
             with suppress(AssertionError, RuntimeError):  # aiodocker's words for a lost connection: `line` will tell
                 await self._stream.write_in(b"%d\n" % self.runs)
         watching = asyncio.create_task(self._watch())
         try:
-            either: list[asyncio.Future[Any]] = [line, watching]
-            await asyncio.wait(either, timeout=run.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            any_of: list[asyncio.Future[Any]] = [line, flooded, watching]
+            await asyncio.wait(any_of, timeout=run.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if flooded.done():
+                said = verdicts.too_much_output(flooded.result(), run.max_log_bytes, exit_code=_KILLED)
+                return RunResult(_KILLED, message=said), "too much output"
             if watching.done():
                 watching.result()
             if not line.done():
-                return RunResult(_KILLED, timed_out=True, message=f"timed out after {run.timeout_s:g} s"), "timeout"
+                return RunResult(_KILLED, timed_out=True, message=verdicts.timed_out(run)), "timeout"
         finally:
             watching.cancel()
         return await self._result(line.result())
@@ -273,6 +279,11 @@ class WarmContainer:
         script.write_bytes(command_script(run, variables, WORKSPACE))
         script.chmod(0o444)
         _move_children(run.workspace / "root", self._directory / "root")
+
+
+def _set(future: asyncio.Future[str], value: str) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
 def _move_children(source: Path, target: Path) -> None:
