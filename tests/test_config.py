@@ -22,7 +22,7 @@ from expbuild.config import (
 )
 from expbuild.config_directories import state_dir
 from expbuild.config_pool import ExecutionConfig, PoolConfig
-from expbuild.config_storage import StorageConfig, StoreConfig
+from expbuild.config_storage import CasConfig, StorageConfig, StoreConfig
 from expbuild.config_workers import DockerWorkerConfig, HostWorkerConfig, VolumeConfig
 from expbuild.digest import DigestFunction
 from expbuild.errors import ConfigError
@@ -53,14 +53,29 @@ def test_the_example_file_parses_and_every_value_lands() -> None:
     config = load_config(EXAMPLE)
     assert config.server == ServerConfig(address="0.0.0.0:8980", instance_name="production", strict_instance_name=False)
     assert config.storage == StorageConfig(
-        cas=StoreConfig(backend="filesystem", root_dir=Path("/var/lib/expbuild/cas")),
-        action_cache=StoreConfig(backend="filesystem", root_dir=Path("/var/lib/expbuild/cache")),
+        cas=CasConfig(
+            backend="filesystem",
+            root_dir=Path("/var/lib/expbuild/cas"),
+            max_size_bytes=500_000_000_000,
+            min_free_bytes=10_000_000_000,
+            durability="none",
+            min_age_seconds=10_800.0,
+            verify_on_read=True,
+            scrub_bytes_per_second=20_000_000,
+        ),
+        action_cache=StoreConfig(
+            backend="filesystem", root_dir=Path("/var/lib/expbuild/cache"), max_size_bytes=20_000_000_000
+        ),
     )
     host = HostWorkerConfig(
         type="host",
         count=4,
         work_dir=Path("/tmp/expbuild-host-workers"),
         use_chroot=False,
+        isolation="auto",
+        network=False,
+        read_only_paths=(Path("/opt"),),
+        slot_uids=(60800, 61183),
         env_whitelist=("PATH", "HOME", "USER"),
         run_as_user="nobody",
         run_as_group="nogroup",
@@ -114,7 +129,7 @@ def test_the_default_is_a_local_server_with_a_host_worker_per_core(monkeypatch: 
     monkeypatch.setenv("XDG_STATE_HOME", "/home/ada/state")
     config = default_config()
     assert (config.server.host, config.server.port, config.server.instance_name) == ("127.0.0.1", 8980, "")
-    assert config.storage.cas == StoreConfig(root_dir=Path("/home/ada/state/expbuild/cas"))
+    assert config.storage.cas == CasConfig(root_dir=Path("/home/ada/state/expbuild/cas"))
     assert config.storage.action_cache == StoreConfig(root_dir=Path("/home/ada/state/expbuild/cache"))
     (worker,) = config.execution.pool.workers
     assert isinstance(worker, HostWorkerConfig)
@@ -222,7 +237,8 @@ def test_address(address: str, host: str, port: int) -> None:
         pytest.param('[server]\nadress = ""', 'server.adress: unknown key; did you mean "address"?', id="unknown-near"),
         pytest.param(
             "[storage.cas]\nroot_dir = '/c'\nquota = 1",
-            "storage.cas.quota: unknown key; known here: backend, root_dir",
+            "storage.cas.quota: unknown key; known here: backend, root_dir, max_size_bytes, min_free_bytes, "
+            "durability, min_age_seconds, verify_on_read, scrub_bytes_per_second",
             id="unknown-far",
         ),
         pytest.param("[sever]", 'sever: unknown key; did you mean "server"?', id="unknown-table"),
@@ -246,6 +262,21 @@ def test_address(address: str, host: str, port: int) -> None:
             '[storage.cas]\nbackend = "filesystem"',
             'storage.cas.root_dir: expected an absolute path (needed by backend = "filesystem"), got nothing',
             id="root-dir-missing",
+        ),
+        pytest.param(
+            '[storage.cas]\nbackend = "memory"\nmax_size_bytes = 5',
+            'storage.cas.max_size_bytes: expected nothing (it is only for backend = "filesystem"), got 5',
+            id="limit-of-memory",
+        ),
+        pytest.param(
+            "[storage.cas]\nroot_dir = '/c'\nmax_size_bytes = -1",
+            "storage.cas.max_size_bytes: expected a number of bytes, got -1",
+            id="negative-limit",
+        ),
+        pytest.param(
+            "[storage.cas]\nroot_dir = '/c'\ndurability = 'lax'",
+            'storage.cas.durability: expected "none", "ordered" or "strict", got "lax"',
+            id="durability",
         ),
         pytest.param(
             '[storage.action_cache]\nbackend = "memory"\nroot_dir = "/x"',
@@ -390,9 +421,36 @@ def test_address(address: str, host: str, port: int) -> None:
             f"{HOST}platform = []", f"{WORKER}.platform: expected a table of strings, got an empty list", id="platform"
         ),
         pytest.param(
+            f"{HOST}isolation = 'chroot'",
+            f'{WORKER}.isolation: expected "auto", "none", "uid" or "namespaces", got "chroot"',
+            id="isolation",
+        ),
+        pytest.param(
+            f"{HOST}use_chroot = true\nisolation = 'uid'",
+            f'{WORKER}.isolation: expected "namespaces" or "auto" beside use_chroot, got "uid"',
+            id="isolation-against-chroot",
+        ),
+        pytest.param(
+            f"{HOST}chroot_root = 'input'",
+            f'{WORKER}.chroot_root: expected use_chroot = true beside it, got only "input"',
+            id="chroot-root-without-chroot",
+        ),
+        pytest.param(
+            f"{HOST}slot_uids = [60900, 60800]",
+            f"{WORKER}.slot_uids: expected the first and the last number, got a list",
+            id="slot-uids",
+        ),
+        pytest.param(
+            f"{HOST}slot_uids = [60800, 60900]\n{HOST}slot_uids = [60900, 61000]",
+            "execution.pool.workers: expected slot_uids of the host workers equal or apart, got [60800, 60900] and "
+            "[60900, 61000]",
+            id="slot-uids-overlap",
+        ),
+        pytest.param(
             f"{HOST}image = 'i'",
-            f"{WORKER}.image: unknown key; known here: type, count, work_dir, use_chroot, env_whitelist, run_as_user, "
-            "run_as_group, memory_limit, cpu_limit, max_processes, max_open_files, platform",
+            f"{WORKER}.image: unknown key; known here: type, count, work_dir, use_chroot, isolation, chroot_root, "
+            "network, read_only_paths, slot_uids, env_whitelist, run_as_user, run_as_group, "
+            "memory_limit, cpu_limit, max_processes, max_open_files, platform",
             id="host-with-docker-key",
         ),
         # docker workers
@@ -542,7 +600,8 @@ def test_all_problems_are_reported_at_once() -> None:
     """
     assert problems(text) == [
         'server.adress: unknown key; did you mean "address"?',
-        "storage.cas.size: unknown key; known here: backend, root_dir",
+        "storage.cas.size: unknown key; known here: backend, root_dir, max_size_bytes, min_free_bytes, durability, "
+        "min_age_seconds, verify_on_read, scrub_bytes_per_second",
         "execution.pool.max_queue_size: expected a positive integer, got -1",
         'execution.pool.default_task_timeout_seconds: expected a positive number of seconds, got "1h"',
         f'capabilities.digest_functions[0]: expected {FUNCTIONS}, got "CRC32"',
@@ -606,9 +665,7 @@ def test_rules_hold_for_configurations_made_in_code() -> None:
     with pytest.raises(ValidationError, match="at least one worker"):
         Config(execution=ExecutionConfig(pool=PoolConfig(workers=())))
     with pytest.raises(ValidationError, match="neither inside nor around"):
-        Config(
-            storage=StorageConfig(cas=StoreConfig(root_dir=Path("/s")), action_cache=StoreConfig(root_dir=Path("/s")))
-        )
+        Config(storage=StorageConfig(cas=CasConfig(root_dir=Path("/s")), action_cache=StoreConfig(root_dir=Path("/s"))))
 
 
 def test_configurations_are_immutable() -> None:

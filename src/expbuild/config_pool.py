@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -19,6 +20,18 @@ def _check_max_timeout(max_timeout_s: float, info: Info) -> float:
     if max_timeout_s < default_s:
         raise rule(f"expected at least default_task_timeout_seconds ({default_s:g}), got {max_timeout_s:g}")
     return max_timeout_s
+
+
+def _check_slot_uids(workers: tuple[WorkerConfig, ...]) -> tuple[WorkerConfig, ...]:
+    """Slots are numbered through, so one range is shared; two that overlap would give two slots one user."""
+    ranges = sorted({worker.slot_uids for worker in workers if isinstance(worker, HostWorkerConfig)})
+    for (first, last), (next_first, next_last) in itertools.pairwise(ranges):
+        if next_first <= last:
+            raise rule(
+                f"expected slot_uids of the host workers equal or apart, got [{first}, {last}] and "
+                f"[{next_first}, {next_last}]"
+            )
+    return workers
 
 
 class PoolConfig(Table):
@@ -42,7 +55,9 @@ class PoolConfig(Table):
     """A command that writes more than this to stdout, or to stderr, is killed."""
     max_output_bytes: Bytes = 32 << 30
     """An action whose outputs are larger than this together is refused; no file of a host action grows larger."""
-    workers: Annotated[tuple[WorkerConfig, ...], LIST] = Field(default_factory=lambda: (HostWorkerConfig(),))
+    workers: Annotated[tuple[WorkerConfig, ...], LIST, AfterValidator(_check_slot_uids)] = Field(
+        default_factory=lambda: (HostWorkerConfig(),)
+    )
     """What runs the actions, in order of preference. At least one while `capabilities.exec_enabled`."""
 
 

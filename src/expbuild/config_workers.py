@@ -39,6 +39,21 @@ def _check_run_as_group(group: str | None, info: Info) -> str | None:
     return group
 
 
+def _check_isolation(isolation: str, info: Info) -> str:
+    if info.data.get("use_chroot") and isolation not in ("auto", "namespaces"):
+        raise rule(f'expected "namespaces" or "auto" beside use_chroot, got {shown(isolation)}')
+    return isolation
+
+
+def _check_chroot_root(chroot_root: str | None, info: Info) -> str | None:
+    if chroot_root is not None and not info.data.get("use_chroot"):
+        raise rule(f"expected use_chroot = true beside it, got only {shown(chroot_root)}")
+    return chroot_root
+
+
+SlotUid = Annotated[int, Field(ge=1000, lt=2**32 - 1), Expect("an integer from 1000 to 4294967294")]
+
+
 class HostWorkerConfig(Table):
     """`[[execution.pool.workers]]` with `type = "host"`: commands run as processes of this machine."""
 
@@ -49,6 +64,22 @@ class HostWorkerConfig(Table):
     """Where input roots are prepared; best on the file system of the CAS. Never inside a store, or around one."""
     use_chroot: bool = False
     """Give each action a private root made of namespaces; the server does not start where that is impossible."""
+    isolation: Annotated[Literal["auto", "none", "uid", "namespaces"], AfterValidator(_check_isolation)] = "auto"
+    """How far actions are kept from this machine and from each other; `auto` is the best that works here.
+
+    `uid`: a user for each slot (as root). `namespaces`: beside that, where there is one, a private root with a
+    read-only system, no network, own processes and /tmp. What is named but cannot be kept stops the start.
+    """
+    chroot_root: Annotated[Literal["input"] | None, AfterValidator(_check_chroot_root)] = None
+    """`input`, beside `use_chroot`: the input root is all there is, as /; nothing of this system is in it."""
+    network: bool = False
+    """With namespaces: whether actions have the network of this machine. Without them, they always have."""
+    read_only_paths: Annotated[tuple[AbsolutePath, ...], LIST] = (Path("/opt"),)
+    """With namespaces: what actions see beside the system's programs and libraries, where it exists."""
+    slot_uids: Annotated[
+        tuple[SlotUid, SlotUid], LIST, require(lambda ends: ends[0] <= ends[1]), Expect("the first and the last number")
+    ] = (60800, 61183)
+    """As root: the users, and groups, of slots without `run_as_user`, one each. They need no accounts."""
     env_whitelist: Annotated[
         tuple[Annotated[str, pattern("[A-Za-z_][A-Za-z0-9_]*"), Expect("the name of an environment variable")], ...],
         LIST,

@@ -73,6 +73,16 @@ class BlobNotFound(ExpbuildError):
         self.digest = digest
 
 
+class BlobDamaged(ExpbuildError):
+    """A blob found damaged while it was streamed: the stream ends before its last chunk. It is missing from now on."""
+
+    code = Code.ABORTED
+
+    def __init__(self, digest: Digest) -> None:
+        super().__init__(f"blob {digest} turned out to be damaged and was removed; upload it again")
+        self.digest = digest
+
+
 class ActionResultNotFound(ExpbuildError):
     """No usable action result: the cache miss clients expect."""
 

@@ -40,7 +40,7 @@ from expbuild.execution.manager import ExecutionManager, ManagerPolicy
 from expbuild.execution.pool import WorkerPool
 from expbuild.execution.runner import ActionRunner, OutputLimits
 from expbuild.storage.base import ActionCache, BlobStore
-from expbuild.storage.factory import create_action_cache, create_blob_store
+from expbuild.storage.factory import Stores, create_stores
 from expbuild.workers.factory import Workers
 
 log = structlog.get_logger()
@@ -71,8 +71,15 @@ async def _serve(
     config: Config, storage: ThreadPoolExecutor, workspaces: ThreadPoolExecutor, stop: asyncio.Event
 ) -> None:
     functions = DigestFunctions(config.capabilities.digest_functions)
-    blobs = create_blob_store(config.storage, functions.enabled, storage)
-    action_cache = create_action_cache(config.storage, blobs)
+    stores = create_stores(config.storage, functions.enabled, storage)
+    with stores.caretaker:
+        await _serve_from(config, stores, functions, workspaces, stop)
+
+
+async def _serve_from(
+    config: Config, stores: Stores, functions: DigestFunctions, workspaces: ThreadPoolExecutor, stop: asyncio.Event
+) -> None:
+    blobs, action_cache = stores.blobs, stores.action_cache
     log.info("storage.initialised", cas=_place(config.storage.cas), action_cache=_place(config.storage.action_cache))
     servicers = _Servicers(config, blobs, action_cache, functions)
     if not config.capabilities.exec_enabled:
@@ -102,6 +109,7 @@ async def _serve(
             result_ttl_s=pool_config.result_ttl_seconds,
             abandoned_grace_s=pool_config.abandoned_grace_seconds,
             absolute_symlinks=absolute_symlinks,
+            renewal_s=stores.renewal_s,
         )
         manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
         servicers.add_execution(manager)

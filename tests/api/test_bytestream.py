@@ -595,7 +595,7 @@ def peak_memory(server: ReServer) -> int:
 
 
 def open_blobs(server: ReServer) -> list[str]:
-    """Return the regular files the server has open in a store."""
+    """Return the blobs and temporary files the server has open in its store."""
     found = []
     with os.scandir(f"/proc/{server.pid}/fd") as descriptors:
         for descriptor in descriptors:
@@ -603,7 +603,7 @@ def open_blobs(server: ReServer) -> list[str]:
                 target = os.readlink(descriptor.path)
             except FileNotFoundError:
                 continue
-            if "/state/cas/" in target:
+            if "/state/cas/" in target and not target.endswith("/lock"):
                 found.append(target)
     return found
 

@@ -71,6 +71,7 @@ def lab(release: Release, *, digest_functions: Sequence[str] = ("SHA256",)) -> I
     with scratch_directory("expbuild-bazel-") as directory:
         where = ServerCommand() if release.root is None else release.root.install_expbuild(directory / "expbuild")
         config = host_pool_config(directory / "server" / "state", workers=2)
+        config["execution"]["pool"]["workers"][0]["isolation"] = "auto"  # as in a server that nobody has configured
         config["capabilities"] = {"digest_functions": list(digest_functions)}
         with ReServer(directory / "server", config, python=where.python, env=where.env) as server:
             made = Lab(release, server, directory)

@@ -382,7 +382,7 @@ async def test_the_oldest_finished_operations_go_when_there_are_too_many(
 class FullActionCache(MemoryActionCache):
     """Takes nothing."""
 
-    async def put(self, key: ActionKey, result: ActionResult) -> None:
+    async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
         raise StorageFull("no space left")
 
 

@@ -164,7 +164,7 @@ async def test_the_example_configuration_starts_and_tells_its_story(scratch: Pat
         assert [event for event in story if event in expected] == expected
         # Workers start all at once, each in its own time, before the server listens.
         workers = slice(story.index("pool.created") + 1, story.index("server.exposed"))
-        assert set(story[workers]) == {"worker.registered", "worker.offline"}
+        assert set(story[workers]) == {"worker.isolated", "worker.registered", "worker.offline"}
         assert sorted(line["worker"] for line in server.events("worker.registered")) == [f"host-{i}" for i in range(4)]
         assert sorted(line["worker"] for line in server.events("worker.offline")) == ["docker-0", "docker-1"]
         (pool,) = server.events("pool.created")

@@ -85,5 +85,6 @@ def open_files() -> Callable[[], set[str]]:
 
 
 def files_below(root: Path) -> set[str]:
-    """Return every file below a directory, relative to it."""
-    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+    """Return every file below a directory, relative to it; without those that each store has from the start."""
+    own = ("FORMAT", "STATE", "lock")
+    return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir() and path.name not in own}

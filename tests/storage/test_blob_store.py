@@ -14,7 +14,7 @@ import pytest
 from expbuild.digest import Digest, DigestFunction
 from expbuild.errors import BlobNotFound, DigestMismatch
 from expbuild.storage.base import CHUNK_BYTES, INLINE_BYTES, BlobStore, Sharing, read_blob, write_blob
-from tests.storage.conftest import FUNCTIONS
+from tests.storage.conftest import FUNCTIONS, files_below
 
 SHA256 = DigestFunction.SHA256
 
@@ -183,7 +183,7 @@ class TestVerification:
         await writer.close()
         assert open_files() == before
         assert await blobs.find_missing([digest]) == {digest}
-        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not {name for root in tmp_path.iterdir() for name in files_below(root)}
 
     @pytest.mark.parametrize("size_bytes", [10, 2 * CHUNK_BYTES + 17])
     async def test_bs_37_writers_of_one_blob_at_once_all_succeed(self, blobs: BlobStore, size_bytes: int) -> None:

@@ -30,9 +30,9 @@ class RecordingBlobStore(MemoryBlobStore):
         super().__init__()
         self.asked: set[Digest] = set()
 
-    async def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    async def find_missing(self, digests: Collection[Digest], *, certain: bool = False) -> set[Digest]:
         self.asked |= set(digests)
-        return await super().find_missing(digests)
+        return await super().find_missing(digests, certain=certain)
 
     def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         self.asked.add(digest)

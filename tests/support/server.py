@@ -33,6 +33,7 @@ _LOG_TAIL_CHARS = 20_000
 def host_pool_config(root: Path, *, workers: int = 2) -> Config:
     """Return a configuration with file system storage and host workers, all of whose state is below `root`.
 
+    Actions see this machine's files, as tests need them to: a user per slot as root, else our own user.
     A fresh dict each time, to be changed at will before it is handed to `ReServer`.
     """
     return {
@@ -43,7 +44,16 @@ def host_pool_config(root: Path, *, workers: int = 2) -> Config:
         },
         "execution": {
             "backend": "pool",
-            "pool": {"workers": [{"type": "host", "count": workers, "work_dir": str(root / "work")}]},
+            "pool": {
+                "workers": [
+                    {
+                        "type": "host",
+                        "count": workers,
+                        "work_dir": str(root / "work"),
+                        "isolation": "uid" if os.geteuid() == 0 else "none",
+                    }
+                ]
+            },
         },
     }
 

@@ -149,8 +149,13 @@ def processes_with(variable: str) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def open_host_worker(work_dir: Path, **config: object) -> AsyncIterator[HostWorker]:
-    """Start a host worker with a spawner of its own; `config` are fields of HostWorkerConfig."""
+    """Start a host worker with a spawner of its own; `config` are fields of HostWorkerConfig.
+
+    Without namespaces, unless they are asked for.
+    """
     spawner = Spawner()
+    if not config.get("use_chroot"):
+        config.setdefault("isolation", "uid" if os.geteuid() == 0 else "none")
     worker = HostWorker("host-0", HostWorkerConfig.model_validate({"work_dir": work_dir, **config}), 0, spawner)
     try:
         await worker.start()

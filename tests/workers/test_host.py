@@ -14,18 +14,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError
 from expbuild.workers.base import DEFAULT_PATH, Owner
 from expbuild.workers.host import HostWorker
-from expbuild.workers.identity import SLOT_IDS
 from expbuild.workers.sandbox import INPUT_ROOT
 from expbuild.workers.spawner_client import Spawner
 from tests.support.require import require_tool, unavailable
 from tests.workers.contract import Bench, Input, open_host_worker, wait_until
 
 PROJECT = Path(__file__).parents[2]
+
+SLOT_IDS = range(60800, 61184)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: switching users needs root")
 
@@ -46,6 +48,8 @@ async def chroot(base_dir: Path) -> AsyncIterator[Bench]:
 async def slot(work_dir: Path, number: int = 0, **config: object) -> AsyncIterator[HostWorker]:
     """One of several slots; not started."""
     spawner = Spawner()
+    if not config.get("use_chroot"):
+        config.setdefault("isolation", "uid" if os.geteuid() == 0 else "none")
     model = HostWorkerConfig.model_validate({"work_dir": work_dir, **config})
     worker = HostWorker(f"host-{number}", model, number, spawner)
     try:
@@ -301,7 +305,7 @@ async def test_private_root_takes_only_so_many_arguments(chroot: Bench) -> None:
 async def test_private_root_without_bubblewrap_is_refused(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At start, not at the first action."""
     monkeypatch.setenv("PATH", str(base_dir))
-    assert "use_chroot needs bubblewrap" in await refusal(base_dir / "work", use_chroot=True)
+    assert "namespaces need bubblewrap" in await refusal(base_dir / "work", use_chroot=True)
 
 
 async def test_private_root_that_cannot_be_made_is_refused(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +321,86 @@ async def test_private_root_that_cannot_be_made_is_refused(base_dir: Path, monke
         bwrap.write_text(f"#!/bin/sh\n{script}\n")
         bwrap.chmod(0o755)
         assert reason in await refusal(base_dir / "work", use_chroot=True)
+
+
+async def test_private_root_shows_the_paths_that_are_named(base_dir: Path) -> None:
+    """Read-only; what does not exist is left out."""
+    base_dir.chmod(0o755)
+    (base_dir / "toolchain").mkdir()
+    (base_dir / "toolchain/tool").write_text("a tool")
+    paths = [str(base_dir / "toolchain"), str(base_dir / "missing")]
+    async with open_host_worker(base_dir / "work", use_chroot=True, read_only_paths=paths) as worker:
+        ran = await Bench(worker).sh(f"cat {paths[0]}/tool; echo x > {paths[0]}/tool; ls {base_dir}")
+    assert ran.stdout == b"a tooltoolchain\n"
+    assert b"Read-only file system" in ran.stderr
+
+
+async def test_private_root_with_network_reaches_the_machine(base_dir: Path) -> None:
+    """Only where it is configured."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {port})).close(); print('connected')"
+        async with open_host_worker(base_dir / "work", use_chroot=True, network=True) as worker:
+            ran = await Bench(worker).run("/usr/bin/python3", "-c", connect)
+    assert ran.stdout == b"connected\n"
+
+
+async def test_input_root_as_the_root(base_dir: Path) -> None:
+    """Nothing of this system is there, and the mounts leave no directory behind in the input root."""
+    busybox = Path(require_tool("busybox"))
+    async with open_host_worker(base_dir / "work", use_chroot=True, chroot_root="input") as worker:
+        bench = Bench(worker)
+        tool = {"bin/sh": Input(busybox.read_bytes(), executable=True)}
+        ran = await bench.run("/bin/sh", "-c", "echo /*; pwd; echo x > /d/y", files=tool, working_directory="d")
+        assert ran.stdout == b"/bin /d /dev /proc /tmp\n/d\n"
+        assert sorted(path.name for path in ran.root.iterdir()) == ["bin", "d"]
+        assert (ran.root / "d/y").read_text() == "x\n"
+        with pytest.raises(InvalidArgument, match="'tmp' of the input root must be a directory"):
+            await bench.run("/bin/sh", files={**tool, "tmp": Input()})
+
+
+# ---- the ladder -----------------------------------------------------------------------------------------------------
+
+
+async def level_of(work_dir: Path, **config: object) -> dict[str, str]:
+    """Return the log line that says how a worker is isolated."""
+    with structlog.testing.capture_logs() as lines:
+        async with slot(work_dir, 0, **config) as worker:
+            await worker.start()
+    (line,) = [line for line in lines if line["event"] == "worker.isolated"]
+    return {key: str(line[key]) for key in ("worker", "isolation", "reason")}
+
+
+async def test_auto_takes_the_best_level_and_says_so(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And why not a better one."""
+    best = {"worker": "host-0", "isolation": "namespaces", "reason": ""}
+    assert await level_of(base_dir / "work", isolation="auto") == best
+    monkeypatch.setenv("PATH", str(base_dir))
+    assert await level_of(base_dir / "work", isolation="auto") == {
+        "worker": "host-0",
+        "isolation": "uid" if os.geteuid() == 0 else "none",
+        "reason": "not namespaces: namespaces need bubblewrap, and there is no `bwrap` in the server's PATH",
+    }
+    assert "namespaces need bubblewrap" in await refusal(base_dir / "work", isolation="namespaces")
+
+
+@needs_root
+async def test_no_level_runs_actions_as_root(base_dir: Path) -> None:
+    """`none` needs a user then."""
+    assert "actions do not run as root; set run_as_user" in await refusal(base_dir / "work", isolation="none")
+    level = await level_of(base_dir / "work", isolation="none", run_as_user="nobody")
+    assert level["isolation"] == "none"
+
+
+@needs_root
+async def test_slot_users_come_from_the_configured_range(base_dir: Path) -> None:
+    """One each; when there are no more, the start is refused."""
+    async with slot(base_dir / "work", 1, slot_uids=(54000, 54001)) as worker:
+        await worker.start()
+        assert worker.owner == Owner(54001, 54001)
+    async with slot(base_dir / "work", 2, slot_uids=(54000, 54001)) as worker:
+        with pytest.raises(StartupError, match=r"slot_uids = \[54000, 54001\] are users for 2 host slots only"):
+            await worker.start()
 
 
 # ---- as an ordinary user --------------------------------------------------------------------------------------------
@@ -357,7 +441,7 @@ from expbuild.config_workers import HostWorkerConfig
 from expbuild.workers.host import HostWorker
 from expbuild.workers.spawner_client import Spawner
 
-config = HostWorkerConfig(work_dir=Path(sys.argv[1]), run_as_user="nobody")
+config = HostWorkerConfig(work_dir=Path(sys.argv[1]), isolation="none", run_as_user="nobody")
 asyncio.run(HostWorker("host-0", config, 0, Spawner()).start())
 """
 

@@ -110,6 +110,7 @@ async def test_spawner_is_small_and_knows_nothing_of_the_server(
         os.kill(desk.spawner_pid, signal.SIGKILL)
         assert is_ended(await desk.run("/bin/true"), 0)
         assert b"SECRET" not in Path("/proc", str(desk.spawner_pid), "environ").read_bytes()
+        await wait_until(lambda: not desk.reapers())  # until then it is still closing what was the run's
         opened = {os.readlink(link) for link in Path("/proc", str(desk.spawner_pid), "fd").iterdir()}
     assert not any(str(base_dir) in name for name in opened)
     status = Path("/proc", str(desk.spawner_pid), "status").read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from expbuild.api.inlining import RESULT_BYTES, InlineWishes, inlined
 from expbuild.api.instances import Instances
 from expbuild.api.messages import parse_digest, request_digest, to_message
-from expbuild.api.rpc import ServicerContext
+from expbuild.api.rpc import ServicerContext, request_metadata
 from expbuild.digest import DigestFunction, DigestFunctions
 from expbuild.errors import ActionResultNotFound, InvalidArgument, PermissionDenied
 from expbuild.reapi import (
@@ -61,7 +61,8 @@ class ActionCacheService(ActionCacheServicer):
         result.execution_metadata.SetInParent()
         if result.ByteSize() > RESULT_BYTES:
             raise InvalidArgument(f"the result has {result.ByteSize()} bytes; clients could not receive it")
-        await self._action_cache.put(ActionKey(instance_name, digest), result)
+        invocation_id = request_metadata(context).tool_invocation_id
+        await self._action_cache.put(ActionKey(instance_name, digest), result, invocation_id=invocation_id)
         return result
 
     async def _move_raw_to_cas(self, result: ActionResult, function: DigestFunction) -> None:

@@ -27,6 +27,7 @@ from expbuild.execution.execution import Execution, Outcome
 from expbuild.execution.input_tree import load_input_tree
 from expbuild.execution.operations import Operation, Operations
 from expbuild.execution.pool import WorkerPool
+from expbuild.execution.promises import PromiseKeeper
 from expbuild.storage.base import ActionCache, ActionKey, BlobStore
 
 log = structlog.get_logger()
@@ -52,7 +53,8 @@ class ManagerPolicy:
     """The times and rules of executions.
 
     result_ttl_s: how long a finished operation can still be attached to. abandoned_grace_s: how long an execution
-    nobody watches goes on. heartbeat_s: the longest silence towards a watcher.
+    nobody watches goes on. heartbeat_s: the longest silence towards a watcher. renewal_s: how often the inputs of what
+    is queued or runs are asked for, so that the store keeps them.
     """
 
     timeouts: TimeoutPolicy
@@ -60,6 +62,7 @@ class ManagerPolicy:
     abandoned_grace_s: float
     absolute_symlinks: bool
     heartbeat_s: float = 15.0
+    renewal_s: float = 150.0
 
 
 class ExecutionManager:
@@ -82,6 +85,7 @@ class ExecutionManager:
         self._tasks = tasks
         self._policy = policy
         self._operations = Operations(policy.result_ttl_s)
+        self._promises = PromiseKeeper(blobs, tasks, policy.renewal_s)
         self._in_flight: dict[ActionKey, Execution] = {}
         self._running: dict[Execution, asyncio.Task[Outcome]] = {}
         self._stop_reasons: dict[Execution, ExpbuildError] = {}
@@ -120,6 +124,7 @@ class ExecutionManager:
         task = self._tasks.create_task(self._run(execution), name=f"execution {execution.id}", context=context)
         task.add_done_callback(functools.partial(self._conclude, execution), context=context)
         self._running[execution] = task
+        self._promises.add(execution)
         return self._operations.create(execution)
 
     def operation(self, name: str) -> Operation:
@@ -247,6 +252,7 @@ class ExecutionManager:
     def _conclude(self, execution: Execution, task: asyncio.Task[Outcome]) -> None:
         """Record, log and make room, whatever way an execution's task ended: even one cancelled before it began."""
         del self._running[execution]
+        self._promises.remove(execution)
         self._pool.leave(execution.id)
         if (timer := self._abandonments.pop(execution.id, None)) is not None:
             timer.cancel()

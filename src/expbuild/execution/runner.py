@@ -184,8 +184,9 @@ class ActionRunner:
 
     async def _cache(self, execution: Execution, result: ActionResult) -> None:
         """Store the cache entry; a cache that cannot be written does not spoil a good result."""
+        key = ActionKey(execution.instance_name, execution.action_digest)
         try:
-            await self._action_cache.put(ActionKey(execution.instance_name, execution.action_digest), result)
+            await self._action_cache.put(key, result, invocation_id=execution.invocation_id)
         except ExpbuildError as error:
             log.error("action_result.not_stored", action_digest=str(execution.action_digest), reason=str(error))
 

@@ -1,29 +1,27 @@
-"""The action cache in files: one checksummed envelope per result.
-
-A bare ActionResult cannot be trusted: zero bytes parse as a successful result without outputs, and that is what a crash
-leaves of a file. So each entry is `magic, version, length, SHA-256, payload`, and whatever does not add up is no entry.
-"""
+"""The action cache in files: one checksummed envelope per result."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
-import struct
+from contextlib import closing
 from pathlib import Path
 
 import structlog
-from google.protobuf.message import DecodeError
 
 from expbuild.reapi import ActionResult
 from expbuild.storage.base import ActionKey
-from expbuild.storage.files import TempFile, open_root, renew_stamp, storage_errors
+from expbuild.storage.budget import Budget
+from expbuild.storage.envelope import Entry, unwrap_result, wrap
+from expbuild.storage.files import TempFile, renew_stamp, storage_errors
+from expbuild.storage.policy import UNLIMITED, StorePolicy
+from expbuild.storage.root import Durability, StoreRoot
 
 log = structlog.get_logger()
 
-_MAGIC = b"EXAR"
-_VERSION = 1
-_HEADER = struct.Struct(">4sBI32s")
+_KEY = "storage.action_cache.root_dir"
 
 
 class FilesystemActionCache:
@@ -33,11 +31,14 @@ class FilesystemActionCache:
     Raises StartupError when the root cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root_fd = open_root(root, "storage.action_cache.root_dir")
+    def __init__(self, root: Path, policy: StorePolicy = UNLIMITED) -> None:
+        self.root = StoreRoot(root, _KEY, "action-cache", durability=policy.durability)
+        self.policy = policy
+        self.budget = Budget(self.root, policy.max_size_bytes, policy.min_free_bytes)
+        self._root_fd = self.root.fd
 
     async def get(self, key: ActionKey) -> ActionResult | None:
-        name = _entry_name(key)
+        name = entry_name(key)
         with storage_errors(f"read the result of action {key.action_digest}"):
             try:
                 fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._root_fd)
@@ -48,44 +49,39 @@ class FilesystemActionCache:
                 data = os.read(fd, seen.st_size)
             finally:
                 os.close(fd)
-        result = _unwrap(data)
+        result = unwrap_result(data)
         if result is None:
             log.error("action_result.damaged", action_digest=str(key.action_digest), found_bytes=len(data))
             return None
         with contextlib.suppress(OSError):  # the stamp is for eviction; we have the result
-            renew_stamp(name, self._root_fd, seen)
+            renew_stamp(name, self._root_fd, seen, self.policy.renewal_s)
         return result
 
-    async def put(self, key: ActionKey, result: ActionResult) -> None:
-        payload = result.SerializeToString(deterministic=True)
-        name = _entry_name(key)
-        with storage_errors(f"write the result of action {key.action_digest}"):
-            temp = TempFile(self._root_fd)
-            try:
-                temp.write(_HEADER.pack(_MAGIC, _VERSION, len(payload), hashlib.sha256(payload).digest()))
-                temp.write(payload)
-                temp.replace(name, 0o400)
-            finally:
-                temp.close()
+    async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
+        data = wrap(Entry(result, key.instance_name, invocation_id))
+        if self.root.durability is not Durability.NONE or not self.budget.try_reserve(len(data)):
+            await asyncio.to_thread(self._store, key, data)
+            return
+        stored = False
+        try:
+            with self.budget.watched():
+                self._write(key, data)
+            stored = True
+        finally:
+            self.budget.release(len(data), stored=stored)
+
+    def _store(self, key: ActionKey, data: bytes) -> None:
+        with self.budget.reserved(len(data)):
+            self._write(key, data)
+
+    def _write(self, key: ActionKey, data: bytes) -> None:
+        with storage_errors(f"write the result of action {key.action_digest}"), closing(TempFile(self.root)) as temp:
+            temp.write(data)
+            temp.replace(entry_name(key), 0o400)
 
 
-def _entry_name(key: ActionKey) -> str:
+def entry_name(key: ActionKey) -> str:
+    """Return an entry's file name relative to the root."""
     instance = hashlib.sha256(key.instance_name.encode()).hexdigest()[:32]
     digest = key.action_digest
     return f"{instance}/{digest.function.name.lower()}/{digest.hash[:2]}/{digest.hash}-{digest.size_bytes}"
-
-
-def _unwrap(data: bytes) -> ActionResult | None:
-    """Return the result in an envelope, or None when the envelope is damaged."""
-    if len(data) < _HEADER.size:
-        return None
-    magic, version, length, checksum = _HEADER.unpack_from(data)
-    payload = data[_HEADER.size :]
-    if magic != _MAGIC or version != _VERSION or length != len(payload):
-        return None
-    if hashlib.sha256(payload).digest() != checksum:
-        return None
-    try:
-        return ActionResult.FromString(payload)
-    except DecodeError:
-        return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from expbuild.digest import Digest, DigestFunction
+from expbuild.errors import BlobDamaged, BlobNotFound
 from expbuild.reapi import ActionResult
 
 CHUNK_BYTES = 1 << 20
@@ -45,10 +46,11 @@ class BlobWriter(Protocol):
 class BlobStore(Protocol):
     """Blobs by digest. Every blob was hashed on its way in; the empty blob exists without being stored."""
 
-    async def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    async def find_missing(self, digests: Collection[Digest], *, certain: bool = False) -> set[Digest]:
         """Return the digests whose blobs are not stored.
 
-        Exact, not approximate: clients skip uploads on the strength of it. Present blobs count as used now.
+        Exact, not approximate: clients skip uploads on the strength of it. Present blobs count as used now. A store
+        that a crash may have damaged answers from name and size; `certain` makes it hash such blobs first.
         Raises StorageUnavailable. (REAPI: FindMissingBlobs)
         """
 
@@ -56,7 +58,8 @@ class BlobStore(Protocol):
         """Yield the blob's bytes from `offset` on, at most `limit` of them, in chunks of up to CHUNK_BYTES.
 
         0 <= offset <= size is the caller's duty. A blob evicted while it is read is still read to its end.
-        Raises BlobNotFound before the first chunk, StorageUnavailable.
+        A damaged blob is missing, or, if that shows only at its end, the last chunk is withheld.
+        Raises BlobNotFound before the first chunk, BlobDamaged before the last one, StorageUnavailable.
         """
 
     def open_writer(self, digest: Digest) -> BlobWriter:
@@ -91,13 +94,19 @@ class ActionCache(Protocol):
     async def get(self, key: ActionKey) -> ActionResult | None:
         """Return the stored result, or None. A damaged entry counts as none. Raises StorageUnavailable."""
 
-    async def put(self, key: ActionKey, result: ActionResult) -> None:
-        """Store the result in place of any earlier one. Raises StorageFull, StorageUnavailable."""
+    async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
+        """Store the result in place of any earlier one. Raises StorageFull, StorageUnavailable.
+
+        invocation_id: of the build that brought it, for those who look into the store.
+        """
 
 
 async def read_blob(store: BlobStore, digest: Digest) -> bytes:
     """Return a whole blob; for blobs whose size the caller has bounded. Raises BlobNotFound, StorageUnavailable."""
-    return b"".join([chunk async for chunk in store.read(digest)])
+    try:
+        return b"".join([chunk async for chunk in store.read(digest)])
+    except BlobDamaged as error:  # nobody has seen a part of it, so it is simply missing
+        raise BlobNotFound(digest) from error
 
 
 async def write_blob(store: BlobStore, digest: Digest, data: bytes) -> None:

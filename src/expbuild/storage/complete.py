@@ -34,7 +34,7 @@ class CompleteActionCache:
             return None
         try:
             referenced = await self._referenced_blobs(result, key.action_digest.function)
-            missing = await self._blobs.find_missing(referenced)
+            missing = await self._blobs.find_missing(referenced, certain=True)
         except _Unusable as error:
             log.warning("action_result.unusable", action_digest=str(key.action_digest), reason=str(error))
             return None
@@ -43,8 +43,8 @@ class CompleteActionCache:
             return None
         return result
 
-    async def put(self, key: ActionKey, result: ActionResult) -> None:
-        await self._base.put(key, result)
+    async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
+        await self._base.put(key, result, invocation_id=invocation_id)
 
     async def _referenced_blobs(self, result: ActionResult, function: DigestFunction) -> set[Digest]:
         """Return every blob a client may fetch on the strength of this result. Raises _Unusable."""

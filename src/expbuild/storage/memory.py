@@ -19,7 +19,7 @@ class MemoryBlobStore:
     def __init__(self) -> None:
         self._blobs: dict[Digest, bytes] = {}
 
-    async def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    async def find_missing(self, digests: Collection[Digest], *, certain: bool = False) -> set[Digest]:
         return {digest for digest in digests if not digest.is_empty and digest not in self._blobs}
 
     async def read(self, digest: Digest, *, offset: int = 0, limit: int | None = None) -> AsyncGenerator[bytes, None]:
@@ -95,5 +95,5 @@ class MemoryActionCache:
         data = self._results.get(key)
         return None if data is None else ActionResult.FromString(data)
 
-    async def put(self, key: ActionKey, result: ActionResult) -> None:
+    async def put(self, key: ActionKey, result: ActionResult, *, invocation_id: str = "") -> None:
         self._results[key] = result.SerializeToString(deterministic=True)

@@ -11,24 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
 
+import structlog
+
 from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import InvalidArgument, StartupError, WorkerFailed, WorkerFull
 from expbuild.platform_properties import WorkerProperties, host_properties
 from expbuild.workers import verdicts
 from expbuild.workers.base import DEFAULT_PATH, Owner, Run, RunResult, Usage
-from expbuild.workers.identity import SLOT_IDS, resolve_owner
+from expbuild.workers.identity import resolve_owner
+from expbuild.workers.isolation import SELF_TEST, Level, levels_to_try
 from expbuild.workers.limits import Limits
-from expbuild.workers.sandbox import TMPDIR, Sandbox, refusal
+from expbuild.workers.sandbox import TMPDIR, Sandbox, refusal, without_mount_points
 from expbuild.workers.seqpacket import memory_file
 from expbuild.workers.spawner_client import BadWorkingDirectory, CannotExecute, Ended, Spawn, Spawner, SpawnResult
 from expbuild.workers.work_dir import lock_work_dir, make_work_dir, remove_tree
 
 _SELF_TEST_S = 60.0
-_SELF_TEST = """
-cd "$TMPDIR" && : > self-test || exit
-[ ! -e "$1" ] || { echo "the files of the host can be seen" >&2; exit 1; }
-"""
-"""Run at start: a command can use its workspace, and $1 does not exist for it."""
+log = structlog.get_logger()
 
 
 class HostWorker:
@@ -71,14 +70,33 @@ class HostWorker:
     async def start(self) -> None:
         """Prepare the work directory, remove what an earlier server left in it, and prove that commands run.
 
-        Can be called again, after a failure; the directory is then left as it is. Raises StartupError.
+        Of the levels of isolation that the configuration allows, the first that can be proven is taken. Can be called
+        again, after a failure; the directory is then left as it is. Raises StartupError.
         """
+        levels = levels_to_try(self._config)
         if self._lock_fd is None:
             await asyncio.to_thread(self._prepare)
-        await self._prove()
+        reasons = []
+        for level in levels:
+            try:
+                self._sandbox = self._make_sandbox() if level == "namespaces" else None
+                await self._prove(level)
+            except StartupError as error:
+                if level == levels[-1]:
+                    raise
+                reasons.append(f"not {level}: {error}")
+            else:
+                log.info("worker.isolated", worker=self._name, isolation=level, reason="; ".join(reasons))
+                return
 
     async def run(self, run: Run) -> RunResult:
         """See Worker."""
+        if self._config.chroot_root is None:
+            return await self._run(run, input_is_root=False)
+        with without_mount_points(run.workspace / "root"):
+            return await self._run(run, input_is_root=True)
+
+    async def _run(self, run: Run, *, input_is_root: bool) -> RunResult:
         environment = self._environment(run)
         with contextlib.ExitStack() as files:
             try:
@@ -99,7 +117,9 @@ class HostWorker:
                 owner=self._owner,
                 limits=self._limits(run),
             )
-            result = await (self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn))
+            result = await (
+                self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn, input_is_root)
+            )
         return self._to_run_result(run, environment["PATH"], result)
 
     async def close(self) -> None:
@@ -109,9 +129,9 @@ class HostWorker:
             os.close(self._lock_fd)
             self._lock_fd = None
 
-    async def _run_sandboxed(self, run: Run, spawn: Spawn) -> SpawnResult:
+    async def _run_sandboxed(self, run: Run, spawn: Spawn, input_is_root: bool) -> SpawnResult:
         assert self._sandbox is not None
-        wrapped = self._sandbox.wrap(run, spawn.environment)
+        wrapped = self._sandbox.wrap(run, spawn.environment, input_is_root=input_is_root)
         with memory_file("expbuild-options", wrapped.options) as options, memory_file("expbuild-report") as report:
             result = await self._spawner.run(
                 dataclasses.replace(
@@ -142,7 +162,7 @@ class HostWorker:
             memory_bytes=config.memory_limit,
             cpus=config.cpu_limit,
             processes=config.max_processes,
-            own_user=self._owner is not None and self._owner.uid in SLOT_IDS,
+            own_user=self._owner is not None and config.run_as_user is None,
             open_files=config.max_open_files,
             file_bytes=run.max_output_bytes,
             stream_bytes=run.max_log_bytes,
@@ -178,8 +198,6 @@ class HostWorker:
 
     def _prepare(self) -> None:
         self._owner = resolve_owner(self._config, self._slot)
-        if self._config.use_chroot:
-            self._sandbox = Sandbox()
         try:
             make_work_dir(self._config.work_dir, 0o711)
             lock_fd = lock_work_dir(self.work_dir)
@@ -196,16 +214,20 @@ class HostWorker:
             raise StartupError(f"work_dir {self.work_dir}: {error.strerror or error}") from error
         self._lock_fd = lock_fd
 
-    async def _prove(self) -> None:
+    def _make_sandbox(self) -> Sandbox:
+        return Sandbox(network=self._config.network, read_only_paths=self._config.read_only_paths)
+
+    async def _prove(self, level: Level) -> None:
         """Run a command as every action will be, or raise StartupError with the reason."""
         workspace = self.work_dir / "self-test"
-        hidden = str(workspace) if self._sandbox is not None else ""
-        arguments = ("/bin/sh", "-c", _SELF_TEST, "sh", hidden)
+        secret = self._config.work_dir / f"{self._name}.lock"
+        details = (level, str(workspace), str(self._config.network), str(secret))
+        arguments = ("/bin/sh", "-c", SELF_TEST, "sh", *details)
         run = Run(arguments, {}, workspace, "", _SELF_TEST_S, workspace / "stdout", workspace / "stderr")
         who = f"user {self._owner.uid}" if self._owner is not None else "our own user"
         try:
             await asyncio.to_thread(_make_workspace, workspace, self._owner)
-            result = await self.run(run)
+            result = await self._run(run, input_is_root=False)
             if result.exit_code != 0 or result.timed_out:
                 reason = await asyncio.to_thread(run.stderr.read_text, errors="replace")
                 raise StartupError(

@@ -10,14 +10,11 @@ from expbuild.config_workers import HostWorkerConfig
 from expbuild.errors import StartupError
 from expbuild.workers.base import Owner
 
-SLOT_IDS = range(60800, 61184)
-"""Users and groups of slots for which none is configured, one per slot: numbers that no account has by convention.
-
-Accounts of people end at 60000, systemd hands out 60001-60513 and 61184-65519; these lie between, and below 65536, so
-that they exist in containers too.
-"""
-
 _HIGHEST_ID = 2**32 - 2  # the one above means "leave it as it is" to the kernel
+
+
+# Why slot_uids is 60800 to 61183 by default: accounts of people end at 60000, systemd hands out 60001-60513 and
+# 61184-65519; these lie between, and below 65536, so that they exist in containers too.
 
 
 def resolve_owner(config: HostWorkerConfig, slot: int) -> Owner | None:
@@ -33,10 +30,14 @@ def resolve_owner(config: HostWorkerConfig, slot: int) -> Owner | None:
         return None
     if config.run_as_user is not None:
         uid, gid = _user(config.run_as_user)
-    elif slot < len(SLOT_IDS):
-        uid = gid = SLOT_IDS[slot]
     else:
-        raise StartupError(f"there are users for {len(SLOT_IDS)} host slots only; set run_as_user for the others")
+        first, last = config.slot_uids
+        uid = gid = first + slot
+        if uid > last:
+            raise StartupError(
+                f"slot_uids = [{first}, {last}] are users for {last - first + 1} host slots only; widen it, or set "
+                "run_as_user for the others"
+            )
     if config.run_as_group is not None:
         gid = _group(config.run_as_group)
     if gid == 0:

@@ -8,11 +8,12 @@ create user namespaces, and in particular after the switch to the user of a slot
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,32 +73,58 @@ class Sandboxed:
 
 
 class Sandbox:
-    """Wraps commands so that they run in a private root."""
+    """Wraps commands so that they run in a private root.
 
-    def __init__(self) -> None:
+    network: whether they have the network of the machine. read_only_paths: what they see beside the system.
+    """
+
+    def __init__(self, *, network: bool = False, read_only_paths: Sequence[Path] = ()) -> None:
         """Raises StartupError when bubblewrap is not installed."""
         program = shutil.which("bwrap")
         if program is None:
-            raise StartupError("use_chroot needs bubblewrap, and there is no `bwrap` in the server's PATH")
+            raise StartupError("namespaces need bubblewrap, and there is no `bwrap` in the server's PATH")
         self._program = program
-        self._system = (*_namespaces(), *_system_root())
+        self._namespaces = tuple(_namespaces(network=network))
+        self._system = tuple(_system_root(network=network))
+        self._paths = [str(path) for path in read_only_paths]
 
-    def wrap(self, run: Run, environment: Mapping[str, str]) -> Sandboxed:
+    def wrap(self, run: Run, environment: Mapping[str, str], *, input_is_root: bool = False) -> Sandboxed:
         """Return the command that runs `run` in a private root. `environment` is the whole of it.
+
+        input_is_root: the input root is that root, with nothing of the system in it.
 
         Nothing the client sent is an option to bubblewrap or in its own environment. Raises InvalidArgument when
         there is more of it than bubblewrap takes.
         """
-        options = [*self._system]
-        options += ["--bind", str(run.workspace / "tmp"), TMPDIR, "--bind", str(run.workspace / "root"), INPUT_ROOT]
-        options += ["--remount-ro", "/", "--chdir", f"{INPUT_ROOT}/{run.working_directory}".rstrip("/"), "--clearenv"]
+        if input_is_root:
+            _check_mount_points(run.workspace / "root")
+            root = "/"
+            options = [
+                *self._namespaces,
+                "--bind",
+                str(run.workspace / "root"),
+                "/",
+                "--proc",
+                "/proc",
+                "--dev",
+                "/dev",
+            ]
+            options += ["--bind", str(run.workspace / "tmp"), TMPDIR]
+        else:
+            root = INPUT_ROOT
+            options = [*self._namespaces, *self._system, "--bind", str(run.workspace / "tmp"), TMPDIR]
+            options += ["--bind", str(run.workspace / "root"), INPUT_ROOT]
+            for path in self._paths:  # after /tmp, which would hide those below it
+                options += ["--ro-bind-try", path, path]
+            options += ["--remount-ro", "/"]
+        options += ["--chdir", os.path.join(root, run.working_directory).rstrip("/") or "/", "--clearenv"]
         for name, value in environment.items():
             options += ["--setenv", name, value]
         arguments = (self._program, "--args", str(OPTIONS_FD), "--json-status-fd", str(STATUS_FD), "--", *run.arguments)
         if len(options) + len(arguments) > _MAX_ARGUMENTS:
             raise InvalidArgument(
                 f"{len(run.arguments)} arguments and {len(environment)} variables are more than a worker with "
-                f"use_chroot takes: arguments plus three times the variables must stay below {_MAX_ARGUMENTS - 200}"
+                f"namespaces takes: arguments plus three times the variables must stay below {_MAX_ARGUMENTS - 200}"
             )
         if any("\0" in option for option in options):
             raise InvalidArgument("an environment variable contains a NUL character")
@@ -120,12 +147,37 @@ def refusal(report: bytes, stderr: Path) -> CannotExecute | None:
     raise WorkerFailed(f"the private root could not be made: {words or 'bubblewrap gave no reason'}")
 
 
-def _namespaces() -> Iterator[str]:
-    yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net")
+_MOUNT_POINTS = ("dev", "proc", "tmp")
+"""What bubblewrap creates in an input root that is to be /, where it is not there."""
+
+
+@contextlib.contextmanager
+def without_mount_points(root: Path) -> Iterator[None]:
+    """Remove in the end what a run with this input root as / created for its mounts, where it is still empty."""
+    absent = [path for name in _MOUNT_POINTS if not os.path.lexists(path := root / name)]
+    try:
+        yield
+    finally:
+        for path in absent:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _check_mount_points(root: Path) -> None:
+    for name in _MOUNT_POINTS:
+        path = root / name
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InvalidArgument(f"{name!r} of the input root must be a directory, since the input root becomes /")
+
+
+def _namespaces(*, network: bool) -> Iterator[str]:
+    yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts")
+    if not network:
+        yield "--unshare-net"
     yield from ("--unshare-cgroup-try", "--die-with-parent", "--hostname", "expbuild")
 
 
-def _system_root() -> Iterator[str]:
+def _system_root(*, network: bool) -> Iterator[str]:
     yield from ("--ro-bind", "/usr", "/usr")
     for name in _SYSTEM:
         path = Path("/", name)
@@ -136,4 +188,6 @@ def _system_root() -> Iterator[str]:
     jdks = (path.name for path in sorted(Path("/etc").glob("java*")))
     for name in (*_ETC, *jdks):
         yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
+    if network:
+        yield from ("--ro-bind-try", "/etc/resolv.conf", "/etc/resolv.conf")
     yield from ("--proc", "/proc", "--dev", "/dev", "--dir", "/var", "--symlink", TMPDIR, "/var/tmp")

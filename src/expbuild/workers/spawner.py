@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import select
 import signal
@@ -33,6 +34,7 @@ from expbuild.workers.spawner_processes import (
     PR_SET_DUMPABLE,
     PR_SET_NO_NEW_PRIVS,
     ChildWatch,
+    count_tasks,
     descendants,
     kill_descendants,
     prctl,
@@ -42,6 +44,7 @@ from expbuild.workers.spawner_reaper import PATIENCE_S, Reaper
 RUN = b'{"op":"run"}'
 
 _MAX_FDS = 16
+_COUNT_AGAIN_S = 30.0
 _BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Not for the spawner and the reapers: they are sent to whole services; our end is the end of the socket.
 
@@ -55,6 +58,8 @@ class Spawner:
     def __init__(self, server: socket.socket, home: CgroupHome) -> None:
         self._server = server
         self._home = home
+        self._tasks = 0
+        self._tasks_counted = -math.inf
         self._controls: dict[int, int] = {}  # reaper -> our copy of its control socket, closed after its death
         self._watch = ChildWatch()
 
@@ -88,6 +93,7 @@ class Spawner:
 
     def _start_reaper(self, files: Files) -> None:
         """Fork a reaper; its control socket stays open here too."""
+        self._count_tasks()
         try:
             pid = os.fork()
         except OSError as error:
@@ -98,13 +104,20 @@ class Spawner:
             self._become_reaper(files)
         self._controls[pid] = files.control
 
+    def _count_tasks(self) -> None:
+        """Keep in mind how many processes our user has: the limit of an action's processes counts those too."""
+        if os.geteuid() != 0 and "pids" not in self._home.controllers:
+            now = time.monotonic()
+            if now - self._tasks_counted > _COUNT_AGAIN_S:
+                self._tasks, self._tasks_counted = count_tasks(os.geteuid()), now
+
     def _become_reaper(self, files: Files) -> NoReturn:
         try:
             self._watch.close()
             self._server.close()
             for fd in self._controls.values():
                 os.close(fd)
-            Reaper(files, self._home).run()
+            Reaper(files, self._home, self._tasks).run()
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)

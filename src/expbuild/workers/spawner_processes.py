@@ -68,6 +68,17 @@ def kill_descendants(spare: Set[int] = frozenset()) -> bool:
     return bool(stopped)
 
 
+def count_tasks(uid: int) -> int:
+    """Return how many processes and threads a user has."""
+    count = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    count += len(os.listdir(f"/proc/{name}/task"))
+    return count
+
+
 class ChildWatch:
     """A descriptor that becomes readable when a child has died."""
 

@@ -35,9 +35,11 @@ _LOOK_S = 0.1
 class Reaper:
     """The process above one command: its clock, its executioner and the adopter of its orphans."""
 
-    def __init__(self, files: Files, home: CgroupHome) -> None:
+    def __init__(self, files: Files, home: CgroupHome, tasks: int) -> None:
+        """`tasks`: how many processes and threads our user had lately, when we are not root."""
         self._files = files
         self._home = home
+        self._tasks = tasks
         self._cgroup: Cgroup | None = None
         self._control = socket.socket(fileno=files.control)
         self._watch = ChildWatch()
@@ -97,6 +99,8 @@ class Reaper:
         rlimits = {"RLIMIT_NOFILE": limits["open_files"], "RLIMIT_FSIZE": limits["file_bytes"]}
         if limits["own_user"]:
             rlimits["RLIMIT_NPROC"] = processes
+        elif processes is not None and "pids" not in controllers and os.geteuid() != 0:
+            rlimits["RLIMIT_NPROC"] = self._tasks + processes
         if "memory" not in controllers:
             rlimits["RLIMIT_DATA"] = memory_bytes
         return paths, {name: value for name, value in rlimits.items() if value is not None}
