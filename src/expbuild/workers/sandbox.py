@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class Sandbox:
         Nothing the client sent is an option to bubblewrap or in its own environment. Raises InvalidArgument when
         there is more of it than bubblewrap takes.
         """
+        _check_format(run)
         if input_is_root:
             _check_mount_points(run.workspace / "root")
             root = "/"
@@ -161,6 +163,25 @@ def without_mount_points(root: Path) -> Iterator[None]:
         for path in absent:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _check_format(run: Run) -> None:
+    """Refuse a script without a #! line, which bubblewrap would hand to a shell."""
+    program = run.arguments[0]
+    path = run.workspace / "root" / run.working_directory / program
+    if "/" not in program or program.startswith("/") or "\0" in program or path.is_symlink():
+        return
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # bubblewrap will say why it cannot be executed
+    try:
+        mode = os.fstat(fd).st_mode
+        start = os.read(fd, 4) if stat.S_ISREG(mode) and mode & 0o111 else b"#!"
+    finally:
+        os.close(fd)
+    if start[:2] != b"#!" and start != b"\x7fELF":
+        raise InvalidArgument(f"program {program!r} is neither a binary of this machine nor a script with a #! line")
 
 
 def _check_mount_points(root: Path) -> None:
