@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from expbuild import __version__
+from expbuild.cli_status import add_to as add_status_commands
 from expbuild.cli_storage import storage
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ Examples:
   re-server --config expbuild.toml           serve as the file says
   re-server check-config expbuild.toml       print what the file means, or all that is wrong with it
   re-server check-config > expbuild.toml     start a file of your own from the built-in configuration
+  re-server status --watch                   show what a running server does
+  re-server why                              say why actions wait
   re-server storage stats                    what the stores hold (also: verify, gc, rm, ac)
   re-server new-token alice --right write    make a token for the file that auth.tokens_file names
   bazel build --remote_executor=grpc://127.0.0.1:8980 //...
@@ -100,9 +103,6 @@ def new_token(name: str, right: str) -> None:
     click.echo(token)
 
 
-main.add_command(storage)
-
-
 def _load(config_file: Path | None) -> Config:
     """Return the configuration; with problems, list them all on stderr and exit with 2."""
     from expbuild.config import default_config, load_config
@@ -154,3 +154,7 @@ def _fail(exit_code: int, *lines: str) -> NoReturn:
     with suppress(OSError):  # nobody reads stderr; the exit code still tells
         click.echo("\n".join(["re-server: " + lines[0], *lines[1:]]), err=True)
     sys.exit(exit_code)
+
+
+main.add_command(storage)
+add_status_commands(main, _load)

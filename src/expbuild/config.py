@@ -14,7 +14,7 @@ import tomli
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from expbuild.config_directories import problems_across_tables
+from expbuild.config_directories import problems_across_tables, state_dir
 from expbuild.config_pool import ExecutionConfig
 from expbuild.config_problems import Expect, explain, one_of
 from expbuild.config_storage import StorageConfig
@@ -69,6 +69,10 @@ class ServerConfig(Table):
     `auto` takes it where it is installed, except with TLS, which it has not, and with tokens: it takes a message of any
     size into memory before anybody looks at the token.
     """
+
+    admin_socket: AbsolutePath | None = None
+    """Where `re-server status` and `re-server why` ask; only the owner can open it. By default `admin.sock` beside the
+    directory of the CAS, or in the state directory for a CAS in memory."""
 
     @property
     def host(self) -> str:
@@ -147,6 +151,14 @@ class Config(Table):
     storage: StorageConfig = Field(default_factory=StorageConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     capabilities: CapabilitiesConfig = Field(default_factory=CapabilitiesConfig)
+
+    @property
+    def admin_socket(self) -> Path:
+        """Where the server can be asked what it does."""
+        if self.server.admin_socket is not None:
+            return self.server.admin_socket
+        root_dir = self.storage.cas.root_dir
+        return (root_dir.parent if root_dir is not None else state_dir()) / "admin.sock"
 
     @model_validator(mode="after")
     def _check_across_tables(self) -> Self:

@@ -39,6 +39,12 @@ class PoolConfig(Table):
 
     max_queue_size: Count = 1000
     """Actions that may wait; past it, Execute is answered RESOURCE_EXHAUSTED."""
+    queue_timeout_seconds: Seconds | None = None
+    """An action that gets no worker in this time ends as RESOURCE_EXHAUSTED, with the reason; by default it waits."""
+    cpu_cores: Annotated[float, Field(ge=0.01, le=100_000), Expect("a number of cores of at least 0.01")] | None = None
+    """Cores that actions may ask for together (`resources:cpu`, `EstimatedCPU`, `min-cores`). By default any."""
+    memory_bytes: Bytes | None = None
+    """Memory that actions may ask for together (`resources:memory`, `EstimatedMemory`, `min-mem`). By default any."""
     scheduler_interval_ms: Annotated[int, Field(ge=1, le=60_000), Expect("an integer from 1 to 60000")] = 100
     """The longest time between two looks at the queue; events wake the scheduler at once."""
     default_task_timeout_seconds: Seconds = 3600.0

@@ -165,6 +165,19 @@ class QueueFull(ExpbuildError):
         self.retry_after_s = retry_after_s
 
 
+class QueuedTooLong(ExpbuildError):
+    """An action got no worker in the time it may wait; try again after `retry_after_s`."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+    def __init__(self, timeout_s: float, reason: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(
+            f"the action waited {timeout_s:g} s for a worker, as long as execution.pool.queue_timeout_seconds allows: "
+            f"{reason}"
+        )
+        self.retry_after_s = retry_after_s
+
+
 class ActionTimedOut(ExpbuildError):
     """The command ran longer than it was allowed to. Clients compare the text, so it is fixed."""
 

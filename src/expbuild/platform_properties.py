@@ -56,6 +56,10 @@ IGNORED_NAMES = frozenset(
 )
 """Names (lower case) that clients add for themselves: cache salts and hints for persistent workers."""
 
+RESOURCE_NAMES = frozenset(
+    {"resources:cpu", "resources:memory", "estimatedcpu", "estimatedmemory", "min-cores", "min-mem"}
+)
+"""Names (lower case) of amounts an action asks for; the queue counts them, no worker has to declare them."""
 
 _SHOWN = 8
 """So many properties are named in a message."""
@@ -90,7 +94,7 @@ class WorkerProperties:
         for name, value in requested:
             key = _canonical_name(name)
             wanted = _canonical_value(key, value)
-            if key in IGNORED_NAMES or wanted.lower() in _UNSET_VALUES.get(key, ()):
+            if key in IGNORED_NAMES or key in RESOURCE_NAMES or wanted.lower() in _UNSET_VALUES.get(key, ()):
                 continue
             if wanted not in self._values.get(key, ()):
                 offered = tuple(v for n, v in self.declared if _canonical_name(n) == key)

@@ -124,6 +124,20 @@ from expbuild._generated.build.bazel.remote.logstream.v1.remote_logstream_pb2_gr
     add_LogStreamServiceServicer_to_server,
 )
 from expbuild._generated.build.bazel.semver.semver_pb2 import SemVer
+from expbuild._generated.expbuild.admin_pb2 import (
+    BuildStatus,
+    ExecutionStatus,
+    GetStatusRequest,
+    GetStatusResponse,
+    WhyRequest,
+    WhyResponse,
+    WorkerStatus,
+)
+from expbuild._generated.expbuild.admin_pb2 import (
+    StoreStatus as StoreStatusMessage,
+)
+from expbuild._generated.expbuild.admin_pb2_grpc import AdminServicer, AdminStub, add_AdminServicer_to_server
+from expbuild._generated.expbuild.queue_pb2 import WaitReason as WaitReasonMessage
 from expbuild._generated.expbuild.usage_pb2 import ResourceUsage
 from expbuild._generated.google.bytestream import bytestream_pb2
 from expbuild._generated.google.bytestream.bytestream_pb2 import (
@@ -147,11 +161,14 @@ __all__ = [
     "ActionCacheStub",
     "ActionCacheUpdateCapabilities",
     "ActionResult",
+    "AdminServicer",
+    "AdminStub",
     "BadRequest",
     "BatchReadBlobsRequest",
     "BatchReadBlobsResponse",
     "BatchUpdateBlobsRequest",
     "BatchUpdateBlobsResponse",
+    "BuildStatus",
     "ByteStreamServicer",
     "ByteStreamStub",
     "CacheCapabilities",
@@ -178,6 +195,7 @@ __all__ = [
     "ExecutionPolicy",
     "ExecutionServicer",
     "ExecutionStage",
+    "ExecutionStatus",
     "ExecutionStub",
     "FastCdc2020Params",
     "FetchBlobRequest",
@@ -192,6 +210,8 @@ __all__ = [
     "GetActionResultRequest",
     "GetCapabilitiesRequest",
     "GetOperationRequest",
+    "GetStatusRequest",
+    "GetStatusResponse",
     "GetTreeRequest",
     "GetTreeResponse",
     "ListOperationsRequest",
@@ -234,6 +254,7 @@ __all__ = [
     "SplitBlobRequest",
     "SplitBlobResponse",
     "Status",
+    "StoreStatusMessage",
     "SymlinkAbsolutePathStrategy",
     "SymlinkNode",
     "ToolDetails",
@@ -241,9 +262,14 @@ __all__ = [
     "UpdateActionResultRequest",
     "WaitExecutionRequest",
     "WaitOperationRequest",
+    "WaitReasonMessage",
+    "WhyRequest",
+    "WhyResponse",
+    "WorkerStatus",
     "WriteRequest",
     "WriteResponse",
     "add_ActionCacheServicer_to_server",
+    "add_AdminServicer_to_server",
     "add_ByteStreamServicer_to_server",
     "add_CapabilitiesServicer_to_server",
     "add_ContentAddressableStorageServicer_to_server",

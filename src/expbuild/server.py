@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from expbuild import reapi
 from expbuild.api.action_cache import ActionCacheService
+from expbuild.api.admin import AdminService, serve_admin
 from expbuild.api.auth import Authenticator, load_tokens
 from expbuild.api.bytestream import ByteStreamService
 from expbuild.api.capabilities import CapabilitiesService
@@ -37,7 +38,8 @@ from expbuild.digest import DigestFunctions
 from expbuild.errors import ExpbuildError
 from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.manager import ExecutionManager, ManagerPolicy
-from expbuild.execution.pool import WorkerPool
+from expbuild.execution.pool import PoolPolicy, WorkerPool
+from expbuild.execution.resources import Capacity
 from expbuild.execution.runner import ActionRunner, OutputLimits
 from expbuild.storage.base import ActionCache, BlobStore
 from expbuild.storage.factory import Stores, create_stores
@@ -84,7 +86,8 @@ async def _serve_from(
     log.info("storage.initialised", cas=_place(config.storage.cas), action_cache=_place(config.storage.action_cache))
     servicers = _Servicers(config, blobs, action_cache, functions)
     if not config.capabilities.exec_enabled:
-        await _listen(config, servicers, stop)
+        async with _admin(config, AdminService(None, stores.caretaker.status)):
+            await _listen(config, servicers, stop)
         return
     async with Workers(config.execution.pool.workers) as workers, asyncio.TaskGroup() as tasks:
         absolute_symlinks = config.capabilities.symlink_absolute_path_strategy == "ALLOWED"
@@ -97,8 +100,12 @@ async def _serve_from(
             workers.all,
             runner,
             tasks,
-            max_queue_size=pool_config.max_queue_size,
-            interval_s=pool_config.scheduler_interval_ms / 1000,
+            PoolPolicy(
+                max_queue_size=pool_config.max_queue_size,
+                interval_s=pool_config.scheduler_interval_ms / 1000,
+                queue_timeout_s=pool_config.queue_timeout_seconds,
+                capacity=Capacity(pool_config.cpu_cores, pool_config.memory_bytes),
+            ),
         )
         kinds: Counter[str] = Counter()
         for worker in pool_config.workers:
@@ -115,8 +122,22 @@ async def _serve_from(
         manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
         servicers.add_execution(manager)
         keeper = tasks.create_task(pool.keep(), name="pool")
-        await _listen(config, servicers, stop, manager)
+        async with _admin(config, AdminService(manager, stores.caretaker.status)):
+            await _listen(config, servicers, stop, manager)
         keeper.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _admin(config: Config, service: AdminService) -> AsyncIterator[None]:
+    """Answer the operator while the context lasts."""
+    server = await serve_admin(config.admin_socket, service)
+    try:
+        yield
+    finally:
+        if server is not None:
+            await server.stop(1.0)
+            with contextlib.suppress(OSError):
+                config.admin_socket.unlink()
 
 
 class _Servicers:

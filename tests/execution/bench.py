@@ -14,7 +14,7 @@ from expbuild.execution.action import TimeoutPolicy
 from expbuild.execution.execution import Outcome
 from expbuild.execution.manager import ExecuteCall, ExecutionManager, ManagerPolicy
 from expbuild.execution.operations import Operation
-from expbuild.execution.pool import WorkerPool
+from expbuild.execution.pool import PoolPolicy, WorkerPool
 from expbuild.execution.runner import ActionRunner
 from expbuild.platform_properties import WorkerProperties
 from expbuild.storage.base import write_blob
@@ -47,6 +47,8 @@ class ScriptedWorker:
         self.start_gate.set()
         self.runs: list[Run] = []
         self.stubborn: asyncio.Event | None = None
+        self.progress = ""
+        self.check_errors: list[Exception] = []
         self._result: asyncio.Future[RunResult] | None = None
         self._began = asyncio.Event()
 
@@ -72,6 +74,10 @@ class ScriptedWorker:
             raise
         finally:
             self._result = None
+
+    async def check(self) -> None:
+        if self.check_errors:
+            raise self.check_errors.pop(0)
 
     async def close(self) -> None:
         pass
@@ -156,13 +162,14 @@ async def open_bench(
     blobs: MemoryBlobStore | None = None,
     action_cache: MemoryActionCache | None = None,
     executor: Executor | None = None,
+    **queue: Any,
 ) -> AsyncIterator[Bench]:
     """Run an engine. In the end it is closed, and has to come to rest: no execution, no workspace is left."""
     blobs = blobs or MemoryBlobStore()
     action_cache = action_cache or MemoryActionCache()
     async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         runner = ActionRunner(blobs, action_cache, executor or InlineExecutor(), tasks, absolute_symlinks=True)
-        pool = WorkerPool(workers, runner, tasks, max_queue_size=max_queue_size, interval_s=0.01)
+        pool = WorkerPool(workers, runner, tasks, PoolPolicy(max_queue_size=max_queue_size, interval_s=0.01, **queue))
         await pool.start()
         manager = ExecutionManager(blobs, action_cache, pool, tasks, policy)
         keeper = tasks.create_task(pool.keep())

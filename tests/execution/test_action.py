@@ -212,13 +212,13 @@ async def test_EXE_23_impossible_timeouts(seconds: int, nanos: int) -> None:
         (None, ["c"], (("c", "1"),)),
         (["a"], None, (("a", "1"),)),
         (["a"], ["c"], (("a", "1"),)),
-        ([], ["c"], (("c", "1"),)),
+        ([], ["c"], ()),
         (["b", "a", "b"], None, (("b", "1"), ("a", "1"), ("b", "1"))),
     ],
     ids=["none", "command", "action", "action-wins", "empty-in-action", "repeated-and-unsorted"],
 )
 async def test_CMD_13_platform(of_action: list[str] | None, of_command: list[str] | None, expected: object) -> None:
-    """The action's where it has properties, else the command's."""
+    """The action's where it is set, even to nothing; else the command's."""
 
     def platform(names: list[str] | None) -> Platform | None:
         if names is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from expbuild.errors import NoMatchingWorker
-from expbuild.execution.scheduler import Assignment, QueuedAction, WorkerView, assign, check_satisfiable
+from expbuild.execution.resources import NOTHING, Capacity
+from expbuild.execution.scheduler import Assignment, QueuedAction, Scheduler, WorkerView
 from expbuild.platform_properties import PropertyList, WorkerProperties
 
 HOST: PropertyList = (("kind", "host"),)
@@ -23,6 +26,18 @@ def worker(name: str) -> WorkerView:
 def queued(*actions: tuple[str, PropertyList, int]) -> list[QueuedAction]:
     """Actions in order of arrival: id, platform, priority."""
     return [QueuedAction(id_, platform, priority, i) for i, (id_, platform, priority) in enumerate(actions)]
+
+
+def assign(actions: Sequence[QueuedAction], idle: Sequence[WorkerView]) -> list[Assignment]:
+    """Queue actions in this order, and give them idle workers once."""
+    scheduler = Scheduler(idle, Capacity())
+    for action in actions:
+        scheduler.add(action)
+    return scheduler.assign([view.name for view in idle], NOTHING, now_s=0.0)
+
+
+def check_satisfiable(requested: PropertyList, workers: Sequence[WorkerView]) -> None:
+    Scheduler(workers, Capacity()).check_satisfiable(requested)
 
 
 @pytest.mark.parametrize(

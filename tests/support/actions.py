@@ -296,10 +296,19 @@ class Client:
         return await self.read(result.stderr_digest)
 
     def call(
-        self, action: BuiltAction, *, instance: str = "", priority: int = 0, tool: str = "", **request: Any
+        self,
+        action: BuiltAction,
+        *,
+        instance: str = "",
+        priority: int = 0,
+        tool: str = "",
+        invocation: str = "",
+        **request: Any,
     ) -> Stream:
         """Call Execute for an action whose blobs are there. `request` sets further fields of the ExecuteRequest."""
-        caller = RequestMetadata(tool_details=ToolDetails(tool_name=tool)).SerializeToString()
+        caller = RequestMetadata(
+            tool_details=ToolDetails(tool_name=tool), tool_invocation_id=invocation
+        ).SerializeToString()
         message = ExecuteRequest(
             instance_name=instance,
             action_digest=action.digest,

@@ -88,6 +88,7 @@ class ReServer:
             config = {**config, "server": {"transport": TRANSPORT, **config.get("server", {})}}
         self._config_file = directory / "expbuild.toml"
         self._config_file.write_text(to_toml(config))
+        self.config = config
         self._log_file = directory / "re-server.log"
         self._args = tuple(args)
         self._python = tuple(python)
@@ -102,6 +103,11 @@ class ReServer:
         """Where it listens, as `HOST:PORT`."""
         assert self._address is not None, "the server was never started"
         return self._address
+
+    @property
+    def config_file(self) -> Path:
+        """What it is started with."""
+        return self._config_file
 
     @property
     def pid(self) -> int:

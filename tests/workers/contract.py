@@ -108,6 +108,7 @@ class Bench:
             timeout_s=timeout_s,
             stdout=workspace / "stdout",
             stderr=workspace / "stderr",
+            max_log_bytes=1 << 30,
         )
 
     def _directories(self, root: Path, path: Path) -> None:

@@ -42,6 +42,7 @@ class ExecutionService(ExecutionServicer):
             skip_cache_lookup=request.skip_cache_lookup,
             priority=min(max(request.execution_policy.priority, MIN_PRIORITY), MAX_PRIORITY),
             invocation_id=caller.tool_invocation_id,
+            peer=context.peer().rpartition(":")[0],  # without the port: a client may have many connections
             # A genrule may make a directory where it declares a file: Bazel allows that locally and takes it from us.
             accepts_directories=caller.tool_details.tool_name == "bazel",
         )

@@ -14,6 +14,7 @@ from expbuild.errors import InvalidArgument, Unimplemented
 from expbuild.execution.execution import Execution, Outcome
 from expbuild.execution.manager import ExecutionManager
 from expbuild.execution.operations import Operation as OperationHandle
+from expbuild.execution.reasons import WaitReason
 from expbuild.reapi import (
     CancelOperationRequest,
     DeleteOperationRequest,
@@ -25,6 +26,7 @@ from expbuild.reapi import (
     Operation,
     OperationsServicer,
     WaitOperationRequest,
+    WaitReasonMessage,
 )
 from expbuild.storage.base import BlobStore
 
@@ -98,8 +100,18 @@ def _running(operation: OperationHandle) -> Operation:
         digest_function=execution.action_digest.function.value,  # type: ignore[arg-type]  # the same
         partial_execution_metadata=execution.timeline.metadata(execution.worker),
     )
+    reason = None if operation.cancelled is not None else execution.wait_reason
+    if reason is not None:
+        metadata.partial_execution_metadata.auxiliary_metadata.add().Pack(wait_reason_message(execution, reason))
     message = Operation(name=operation.name)
     message.metadata.Pack(metadata)
+    return message
+
+
+def wait_reason_message(execution: Execution, reason: WaitReason) -> WaitReasonMessage:
+    """Return the wire form of why an execution waits."""
+    message = WaitReasonMessage(kind=reason.kind.value, text=reason.text, position=reason.position)
+    message.waited.FromNanoseconds(execution.clock.now_ns() - execution.timeline.queued)
     return message
 
 

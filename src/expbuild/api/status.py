@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 
-from expbuild.errors import Code, ExpbuildError, MissingBlobs, QueueFull, ShuttingDown
+from expbuild.errors import Code, ExpbuildError, MissingBlobs, QueuedTooLong, QueueFull, ShuttingDown
 from expbuild.reapi import PreconditionFailure, RetryInfo, Status
 
 OK = Status(code=Code.OK)
@@ -27,7 +27,7 @@ def to_status(error: ExpbuildError) -> Status:
     match error:
         case MissingBlobs():
             details.append(_packed(_missing(error)))
-        case QueueFull() | ShuttingDown():
+        case QueueFull() | QueuedTooLong() | ShuttingDown():
             retry = RetryInfo()
             retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
             details.append(_packed(retry))

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from expbuild.digest import Digest
 from expbuild.errors import ExpbuildError
 from expbuild.execution.action import ActionSpec
 from expbuild.execution.input_tree import InputTree
+from expbuild.execution.reasons import WaitKind, WaitReason
 from expbuild.reapi import ActionResult, ExecutedActionMetadata
 
 
@@ -79,7 +81,8 @@ class Timeline:
 class Execution:
     """One action on its way to a result. Owned by the manager and the pool; any number of operations watch it.
 
-    priority: lower runs sooner; 0 is normal. sequence: order of arrival. attempts: how often a worker took it.
+    priority: lower runs sooner; 0 is normal. sequence: order of arrival. build: whose it is, for
+    fairness and for people. attempts: how often a worker took it. explain_wait: says why it waits, while it does.
     """
 
     id: str
@@ -90,6 +93,7 @@ class Execution:
     sequence: int = 0
     skip_cache_lookup: bool = False
     invocation_id: str = ""
+    build: str = ""
     accepts_directories: bool = False
     tree: InputTree | None = None
     stage: Stage = Stage.CACHE_CHECK
@@ -97,12 +101,22 @@ class Execution:
     worker: str = ""
     attempts: int = 0
     watchers: int = 0
+    explain_wait: Callable[[], WaitReason | None] | None = None
     clock: Clock = field(default_factory=Clock)
     timeline: Timeline = field(default_factory=Timeline)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.timeline.queued = self.clock.now_ns()
+
+    @property
+    def wait_reason(self) -> WaitReason | None:
+        """Why it does not run yet; None once it does or has ended."""
+        if self.explain_wait is not None:
+            return self.explain_wait()
+        if self.stage in (Stage.CACHE_CHECK, Stage.QUEUED):
+            return WaitReason(WaitKind.PREPARING, "its inputs are being looked up")
+        return None
 
     @property
     def is_done(self) -> bool:

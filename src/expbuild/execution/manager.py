@@ -37,7 +37,8 @@ log = structlog.get_logger()
 class ExecuteCall:
     """What a client asks for.
 
-    priority: lower runs sooner. accepts_directories: the client takes a directory where it declared a file.
+    priority: lower runs sooner. peer: where the call comes from, for calls that name no invocation.
+    accepts_directories: the client takes a directory where it declared a file.
     """
 
     instance_name: str
@@ -45,6 +46,7 @@ class ExecuteCall:
     skip_cache_lookup: bool = False
     priority: int = 0
     invocation_id: str = ""
+    peer: str = ""
     accepts_directories: bool = False
 
 
@@ -106,13 +108,13 @@ class ExecutionManager:
         except MissingBlobs as error:
             return self._finished(call, Outcome(error=error))
         if (running := self._mergeable(call, spec)) is not None:
-            return self._operations.create(running)
+            return self._merged(running)
         if not call.skip_cache_lookup and not spec.do_not_cache:
             result = await self._action_cache.get(key)
             if result is not None:
                 return self._finished(call, Outcome(result=result, cached=True))
             if (running := self._mergeable(call, spec)) is not None:
-                return self._operations.create(running)
+                return self._merged(running)
         self._check_open()  # may have changed while we waited; what starts after close() would never be stopped
         self._pool.check_satisfiable(spec.platform)
         execution = self._create(call, spec)
@@ -126,6 +128,11 @@ class ExecutionManager:
         self._running[execution] = task
         self._promises.add(execution)
         return self._operations.create(execution)
+
+    @property
+    def pool(self) -> WorkerPool:
+        """What runs the executions."""
+        return self._pool
 
     def operation(self, name: str) -> Operation:
         """Return a known operation. Raises OperationNotFound."""
@@ -176,6 +183,10 @@ class ExecutionManager:
         if self._closing:
             raise ShuttingDown
 
+    def _merged(self, execution: Execution) -> Operation:
+        self._pool.statistics.merged += 1
+        return self._operations.create(execution)
+
     def _mergeable(self, call: ExecuteCall, spec: ActionSpec) -> Execution | None:
         """Return an execution in flight that this call may share.
 
@@ -195,6 +206,7 @@ class ExecutionManager:
             sequence=next(self._sequence),
             skip_cache_lookup=call.skip_cache_lookup,
             invocation_id=call.invocation_id,
+            build=call.invocation_id or call.peer,
             accepts_directories=call.accepts_directories,
         )
 
@@ -202,6 +214,7 @@ class ExecutionManager:
         """Return an operation that is done before it began."""
         execution = self._create(call, None)
         execution.finish(outcome)
+        self._pool.statistics.count(outcome)
         _log_completion(execution)
         self._operations.expire_later(execution)
         return self._operations.create(execution)
@@ -259,6 +272,8 @@ class ExecutionManager:
         self._take_out_of_flight(execution)
         reason = self._stop_reasons.pop(execution, ShuttingDown())
         execution.finish(Outcome(error=reason) if task.cancelled() else task.result())
+        assert execution.outcome is not None  # that was it
+        self._pool.statistics.count(execution.outcome)
         _log_completion(execution)
         self._operations.expire_later(execution)
 

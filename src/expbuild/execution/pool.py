@@ -1,21 +1,27 @@
 """The worker pool: gives queued executions to workers, and keeps both in order.
 
 An execution's task asks for a worker, runs on it, and gives it back; the pool decides who gets which. Deciding is the
-pure scheduler's; here a decision is marked in the same step in which it is made, so that nothing is given away twice.
+scheduler's; here a decision is marked in the same step in which it is made, so that nothing is given away twice.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
-from expbuild.errors import ExpbuildError, QueueFull, StartupError, WorkerFailed
+from expbuild.errors import ExpbuildError, QueuedTooLong, QueueFull, StartupError, WorkerFailed
+from expbuild.execution.durations import Durations, duration_key
 from expbuild.execution.execution import Execution, Outcome, Stage
+from expbuild.execution.reasons import WaitKind, WaitReason, explain_wait
+from expbuild.execution.resources import NOTHING, Capacity, Resources, requested_resources
 from expbuild.execution.runner import ActionRunner
-from expbuild.execution.scheduler import QueuedAction, WorkerView, assign, check_satisfiable
+from expbuild.execution.scheduler import QueuedAction, Scheduler, WorkerView
+from expbuild.execution.slots import CHECK_INTERVAL_S, REVIVAL_INTERVAL_S, Slot
+from expbuild.execution.statistics import Statistics
 from expbuild.platform_properties import PropertyList
 from expbuild.workers.base import Worker
 
@@ -27,62 +33,55 @@ MAX_ATTEMPTS = 3
 START_PATIENCE_S = 10.0
 """How long the server waits for its workers before it listens."""
 
-REVIVAL_INTERVAL_S = 5.0
-"""How often an offline worker is tried again."""
+REASONS_INTERVAL_S = 1.0
+"""How often the reasons of what waits are looked at again, for log and watchers."""
+
+STATISTICS_INTERVAL_S = 60.0
 
 
-@dataclass
-class _Slot:
-    """A worker and what it is doing. offline_reason: why it cannot be used; "" when it can."""
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """The rules of the queue.
 
-    worker: Worker
-    view: WorkerView
-    running: Execution | None = None
-    offline_reason: str = "not started"
-    start: asyncio.Task[ExpbuildError | None] | None = None
+    max_queue_size: how many executions may wait beyond those that idle workers could take. interval_s: the longest
+    time between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
+    queue_timeout_s: who waits longer is told so; None means never.
+    """
 
-    @property
-    def is_starting(self) -> bool:
-        return self.start is not None and not self.start.done()
-
-    @property
-    def is_idle(self) -> bool:
-        return self.running is None and not self.offline_reason
+    max_queue_size: int
+    interval_s: float
+    queue_timeout_s: float | None = None
+    capacity: Capacity = field(default_factory=Capacity)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Waiting:
-    """An execution in the queue, and the future that will hold its slot."""
+    """An execution in the queue, the future that will hold its slot, and the kind of reason that was told last."""
 
     execution: Execution
     action: QueuedAction
-    slot: asyncio.Future[_Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    told: WaitKind | None = None
+    slot: asyncio.Future[Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class WorkerPool:
-    """Runs executions on workers.
-
-    tasks: owns the starting of workers, which can take long.
-    max_queue_size: how many executions may wait beyond those that idle workers could take. interval_s: the longest
-    time between two looks at the queue; events wake the pool at once, so this only bounds the damage of a missed one.
-    """
+    """Runs executions on workers. tasks: owns the starting and checking of workers, which can take long."""
 
     def __init__(
-        self,
-        workers: Sequence[Worker],
-        runner: ActionRunner,
-        tasks: asyncio.TaskGroup,
-        *,
-        max_queue_size: int,
-        interval_s: float,
+        self, workers: Sequence[Worker], runner: ActionRunner, tasks: asyncio.TaskGroup, policy: PoolPolicy
     ) -> None:
         self._tasks = tasks
-        self._slots = {worker.name: _Slot(worker, WorkerView(worker.name, worker.properties)) for worker in workers}
+        self._slots = {worker.name: Slot(worker, WorkerView(worker.name, worker.properties)) for worker in workers}
         self._runner = runner
-        self._max_queue_size = max_queue_size
-        self._interval_s = interval_s
+        self._policy = policy
+        self._scheduler = Scheduler([slot.view for slot in self._slots.values()], policy.capacity)
+        self._durations = Durations()
         self._queue: dict[str, _Waiting] = {}
+        self._used: dict[str, Resources] = {}
         self._admitted: set[str] = set()
+        self._draining = False
+        self._at_rest = asyncio.Event()
+        self.statistics = Statistics()
 
     async def start(self) -> None:
         """Start every worker, all at once.
@@ -97,27 +96,40 @@ class WorkerPool:
                 raise error
         for slot in self._slots.values():
             if slot.is_starting:
-                log.warning("worker.offline", worker=slot.worker.name, reason="it is still starting")
+                slot.go_offline("it is still starting", self._now())
 
     async def keep(self) -> None:
         """Look after queue and workers until cancelled."""
-        loop = asyncio.get_running_loop()
-        next_revival = loop.time() + REVIVAL_INTERVAL_S
+        next_revival = next_reasons = 0.0
+        next_statistics = self._now() + STATISTICS_INTERVAL_S
         try:
             while True:
-                await asyncio.sleep(self._interval_s)
+                await asyncio.sleep(self._policy.interval_s)
+                now = self._now()
                 self._assign()
-                if loop.time() >= next_revival:
-                    self._revive()
-                    next_revival = loop.time() + REVIVAL_INTERVAL_S
+                if self._queue and now >= next_reasons:
+                    next_reasons = now + REASONS_INTERVAL_S
+                    self._update_reasons()
+                if now >= next_revival:
+                    next_revival = now + min(1.0, REVIVAL_INTERVAL_S)
+                    self._look_after_workers(now)
+                if now >= next_statistics:
+                    next_statistics = now + STATISTICS_INTERVAL_S
+                    if self._queue or any(slot.running for slot in self._slots.values()):
+                        self.log_statistics()
         finally:
             for slot in self._slots.values():
-                if slot.start is not None:
-                    slot.start.cancel()
+                for task in (slot.start, slot.check):
+                    if task is not None:
+                        task.cancel()
 
     def check_satisfiable(self, requested: PropertyList) -> None:
-        """Raise NoMatchingWorker when no configured worker, idle, busy or offline, could ever run this."""
-        check_satisfiable(requested, [slot.view for slot in self._slots.values()])
+        """Raise NoMatchingWorker for what no configured worker, idle, busy or offline, could ever run.
+
+        Raises InvalidArgument for amounts of cores or memory that are none.
+        """
+        self._scheduler.check_satisfiable(requested)
+        self._policy.capacity.check(requested_resources(requested))
 
     def admit(self, execution_id: str) -> None:
         """Take a place among those that wait. It is given back when the execution starts, or by `leave`.
@@ -125,8 +137,8 @@ class WorkerPool:
         Raises QueueFull.
         """
         idle = sum(slot.is_idle for slot in self._slots.values())
-        if len(self._admitted) >= self._max_queue_size + idle:
-            raise QueueFull(self._max_queue_size)
+        if len(self._admitted) >= self._policy.max_queue_size + idle:
+            raise QueueFull(self._policy.max_queue_size)
         self._admitted.add(execution_id)
 
     def leave(self, execution_id: str) -> None:
@@ -136,93 +148,239 @@ class WorkerPool:
     async def execute(self, execution: Execution) -> Outcome:
         """Run an execution that has a spec and a tree, and a place from `admit`.
 
-        Waits for a worker as long as it takes. A worker that fails is replaced by another, MAX_ATTEMPTS times.
-        Raises WorkerFailed after that, any ExpbuildError of the run. Cancelling it takes the execution out of the
-        queue, or kills what runs.
+        Waits for a worker as long as it takes, or as long as it may. A worker that fails is replaced by another,
+        MAX_ATTEMPTS times. Raises WorkerFailed after that, QueuedTooLong, any ExpbuildError of the run. Cancelling it
+        takes the execution out of the queue, or kills what runs.
         """
+        assert execution.spec is not None  # only checked actions are queued
+        known_as = duration_key(execution.instance_name, execution.spec)
+        avoid: frozenset[str] = frozenset()
         while True:
-            slot = await self._acquire(execution)
+            slot = await self._acquire(execution, avoid, self._durations.expected_s(known_as))
             try:
-                return await self._run(execution, slot)
+                outcome = await self._run(execution, slot)
+                slot.failures = 0
+                if outcome.error is None:
+                    times = execution.timeline
+                    self._durations.record(known_as, (times.execution_completed - times.execution_start) / 1e9)
+                return outcome
             except WorkerFailed as error:
-                slot.offline_reason = str(error)
-                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
+                slot.fail(str(error), self._now())
+                self.log_statistics()
                 if execution.attempts >= MAX_ATTEMPTS:
                     raise
+                avoid |= {slot.worker.name}
+                self.statistics.retried += 1
+                log.warning(
+                    "execution.retried", execution=execution.id, worker=slot.worker.name, attempts=execution.attempts
+                )
             finally:
-                slot.running = None
-                self._assign()
+                self._release(slot, execution)
 
-    async def _run(self, execution: Execution, slot: _Slot) -> Outcome:
+    # ---- what can be seen from outside -----------------------------------------------------------------------
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """Every worker, in order of preference."""
+        return list(self._slots.values())
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing is started any more."""
+        return self._draining
+
+    def queued(self) -> list[Execution]:
+        """Return what waits for a worker, in order of arrival."""
+        return [waiting.execution for waiting in self._queue.values()]
+
+    def wait_reason(self, execution: Execution) -> WaitReason | None:
+        """Return why an execution waits for a worker; None when it does not."""
+        waiting = self._queue.get(execution.id)
+        if waiting is None or waiting.slot.done():
+            return None
+        return self._explain(waiting.action, self._scheduler.position(waiting.action.id))
+
+    def _explain(self, action: QueuedAction, position: int) -> WaitReason:
+        eligible, used = self._scheduler.eligible(action), self._in_use()
+        return explain_wait(
+            [slot.for_explanation() for name, slot in self._slots.items() if name in eligible],
+            position=position,
+            queued=len(self._scheduler),
+            short_of=self._policy.capacity.short_of(used, action.resources),
+            wanted=str(action.resources),
+            used=str(used),
+            draining=self._draining,
+        )
+
+    def log_statistics(self) -> None:
+        """Write the numbers of now into the log."""
+        states = [slot.state for slot in self._slots.values()]
+        log.info(
+            "pool.statistics",
+            queued=len(self._queue),
+            **{f"workers_{state}": states.count(state) for state in ("idle", "busy", "offline")},
+            **{name: getattr(self.statistics, name) for name in self.statistics.__slots__},
+        )
+
+    # ---- draining --------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Start nothing more; what waits is held, what runs goes on."""
+        self._draining = True
+        self._update_reasons()
+        self._note_rest()
+
+    async def wait_until_at_rest(self) -> None:
+        """Wait until, after `drain`, nothing runs."""
+        await self._at_rest.wait()
+
+    def _note_rest(self) -> None:
+        if self._draining and not any(slot.running for slot in self._slots.values()):
+            self._at_rest.set()
+
+    # ---- queue and slots -------------------------------------------------------------------------------------
+
+    async def _run(self, execution: Execution, slot: Slot) -> Outcome:
         execution.attempts += 1
         execution.enter(Stage.EXECUTING, slot.worker.name)
         return await self._runner.run(execution, slot.worker)
 
-    async def _acquire(self, execution: Execution) -> _Slot:
+    async def _acquire(self, execution: Execution, avoid: frozenset[str], expected_s: float) -> Slot:
         """Wait in the queue for a slot; it is marked as running the execution before anybody else can see it."""
         assert execution.spec is not None  # only checked actions are queued
         execution.enter(Stage.QUEUED)
-        waiting = _Waiting(
-            execution,
-            QueuedAction(execution.id, execution.spec.platform, execution.priority, execution.sequence),
+        action = QueuedAction(
+            execution.id,
+            execution.spec.platform,
+            execution.priority,
+            execution.sequence,
+            build=execution.build,
+            queued_at_s=self._now(),
+            expected_s=expected_s,
+            resources=requested_resources(execution.spec.platform),
+            avoid=avoid,
         )
-        self._queue[execution.id] = waiting
+        waiting = self._queue[execution.id] = _Waiting(execution, action)
+        self._scheduler.add(action)
+        execution.explain_wait = functools.partial(self.wait_reason, execution)
         self._assign()
+        self._update_reason(waiting)
         try:
-            return await waiting.slot
+            async with asyncio.timeout(self._policy.queue_timeout_s):
+                return await waiting.slot
+        except TimeoutError:
+            reason = self._explain(action, 0)
+            self._withdraw(waiting)
+            raise QueuedTooLong(self._policy.queue_timeout_s or 0, reason.text) from None
         except asyncio.CancelledError:
-            self._queue.pop(execution.id, None)
-            if waiting.slot.done() and not waiting.slot.cancelled():
-                waiting.slot.result().running = None
-                self._assign()
+            self._withdraw(waiting)
             raise
+        finally:
+            execution.explain_wait = None
+
+    def _withdraw(self, waiting: _Waiting) -> None:
+        """Take an execution out of the queue, also one that got a slot and has not seen it yet."""
+        self._queue.pop(waiting.execution.id, None)
+        self._scheduler.remove(waiting.execution.id)
+        if waiting.slot.done() and not waiting.slot.cancelled():
+            self._release(waiting.slot.result(), waiting.execution)
+
+    def _release(self, slot: Slot, execution: Execution) -> None:
+        slot.running = None
+        self._used.pop(execution.id, None)
+        self._note_rest()
+        self._assign()
 
     def _assign(self) -> None:
         """Give idle workers to queued executions. No await: what is decided is marked before anything else happens."""
-        idle = [slot.view for slot in self._slots.values() if slot.is_idle]
-        if not idle or not self._queue:
+        if self._draining:
             return
-        # A cancelled execution is in the queue until its task gets to run.
-        queued = [waiting.action for waiting in self._queue.values() if not waiting.slot.done()]
-        for assignment in assign(queued, idle):
-            waiting = self._queue.pop(assignment.execution)
-            slot = self._slots[assignment.worker]
-            slot.running = waiting.execution
-            self._admitted.discard(waiting.execution.id)
-            waiting.slot.set_result(slot)
+        stale = True
+        while stale and self._queue:
+            stale = False
+            idle = [name for name, slot in self._slots.items() if slot.is_idle]
+            for assignment in self._scheduler.assign(idle, self._in_use(), self._now()) if idle else ():
+                waiting = self._queue.pop(assignment.execution)
+                if waiting.slot.done():  # cancelled, and its task did not get to run yet: the slot is still free
+                    stale = True
+                    continue
+                slot = self._slots[assignment.worker]
+                slot.running = waiting.execution
+                self._used[waiting.execution.id] = waiting.action.resources
+                self._admitted.discard(waiting.execution.id)
+                waiting.slot.set_result(slot)
 
-    async def _start(self, slot: _Slot) -> None:
-        try:
-            await slot.worker.start()
-        except WorkerFailed as error:
-            if slot.offline_reason != str(error):
-                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
-            slot.offline_reason = str(error)
-        else:
-            slot.offline_reason = ""
-            log.info("worker.registered", worker=slot.worker.name, platform=str(slot.worker.properties))
+    def _in_use(self) -> Resources:
+        return sum(self._used.values(), NOTHING)
 
-    def _revive(self) -> None:
-        """Try the offline workers again, each by itself: one may pull an image for half an hour."""
+    def _update_reasons(self) -> None:
+        """Look again why everything waits. What asks for the same waits for the same, but for its position."""
+        kinds: dict[object, WaitKind] = {}
+        for waiting in self._queue.values():
+            action = waiting.action
+            demand = (action.platform, action.resources, action.avoid)
+            if demand not in kinds:
+                kinds[demand] = self._explain(action, 0).kind
+            if kinds[demand] is not waiting.told:
+                self._update_reason(waiting)
+
+    def _update_reason(self, waiting: _Waiting) -> None:
+        """Tell log and watchers why an execution waits."""
+        execution = waiting.execution
+        reason = self.wait_reason(execution)
+        if reason is None:
+            return
+        waiting.told = reason.kind
+        log.info(
+            "execution.waiting",
+            execution=execution.id,
+            action_digest=str(execution.action_digest),
+            invocation_id=execution.invocation_id,
+            reason=reason.kind.value,
+            text=reason.text,
+        )
+        execution.notify()
+
+    # ---- workers ---------------------------------------------------------------------------------------------
+
+    def _look_after_workers(self, now_s: float) -> None:
+        """Try the offline workers again, each by itself, for one may pull an image for long. Check the idle ones."""
         for slot in self._slots.values():
-            if slot.offline_reason and slot.running is None and not slot.is_starting:
-                self._begin_start(slot)
+            if slot.running is not None or slot.is_starting or self._draining:
+                continue
+            if slot.offline_reason:
+                if now_s >= slot.try_at_s:
+                    slot.try_at_s = now_s + REVIVAL_INTERVAL_S
+                    self._begin_start(slot)
+            elif now_s >= slot.checked_at_s + CHECK_INTERVAL_S and not slot.is_checking:
+                slot.check = self._tasks.create_task(self._verify(slot), name=f"check {slot.worker.name}")
+                slot.check.add_done_callback(lambda _: self._assign())
 
-    def _begin_start(self, slot: _Slot) -> asyncio.Task[ExpbuildError | None]:
+    async def _verify(self, slot: Slot) -> None:
+        await slot.verify(self._now())
+        if slot.offline_reason:
+            self.log_statistics()
+
+    def _begin_start(self, slot: Slot) -> asyncio.Task[ExpbuildError | None]:
         slot.start = self._tasks.create_task(self._try_start(slot), name=f"start {slot.worker.name}")
         return slot.start
 
-    async def _try_start(self, slot: _Slot) -> ExpbuildError | None:
+    async def _try_start(self, slot: Slot) -> ExpbuildError | None:
         """Start a worker; return why it refuses for good, if it does. It stays offline then, and is tried again."""
         try:
-            await self._start(slot)
+            await slot.worker.start()
         except ExpbuildError as error:
-            if slot.offline_reason != str(error):
-                log.warning("worker.offline", worker=slot.worker.name, reason=str(error))
-            slot.offline_reason = str(error)
-            return error
+            slot.go_offline(str(error), self._now())
+            return error if not isinstance(error, WorkerFailed) else None
         except Exception as error:
-            slot.offline_reason = repr(error)
+            slot.go_offline(repr(error), self._now())
             log.exception("worker.crashed", worker=slot.worker.name)
-        self._assign()
+        else:
+            slot.checked_at_s = self._now()
+            slot.go_online()
+            self._assign()
         return None
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

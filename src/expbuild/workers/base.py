@@ -94,6 +94,10 @@ class Worker(Protocol):
     def owner(self) -> Owner | None:
         """Whom the writable parts of a workspace must belong to; None when that is the server's own user."""
 
+    @property
+    def progress(self) -> str:
+        """What an image that is being pulled lacks, in words, while the worker is offline for that; else ""."""
+
     async def start(self) -> None:
         """Make ready to run. Raises StartupError when the worker cannot keep what its configuration promises."""
 
@@ -103,6 +107,9 @@ class Worker(Protocol):
         Raises InvalidArgument when the program does not exist or cannot be executed, WorkerFailed when the worker
         itself failed and another one may succeed. Cancelling this coroutine kills the command too.
         """
+
+    async def check(self) -> None:
+        """Prove between runs that a command could still be run. Raises WorkerFailed with the reason when not."""
 
     async def close(self) -> None:
         """Stop for good; nothing the worker started stays behind."""

@@ -75,6 +75,7 @@ class DockerWorker:
         self.properties: WorkerProperties = docker_properties(config.image, config.platform)
         self.work_dir: Path = config.work_dir / name
         self.offline_reason = "not started yet"
+        self.progress = ""
         self._config = config
         self._daemon = Daemon(
             config.docker_host or os.environ.get("DOCKER_HOST") or _DEFAULT_HOST, str(self.work_dir), api_timeout_s
@@ -121,6 +122,10 @@ class DockerWorker:
             self.offline_reason = str(error)
             raise
 
+    async def check(self) -> None:
+        """See Worker: the daemon must answer."""
+        await self._check_daemon()
+
     async def close(self) -> None:
         """Remove what may be left and disconnect. Takes no longer than the daemon's time limit."""
         with suppress(WorkerFailed):
@@ -150,7 +155,11 @@ class DockerWorker:
         if not self._is_wiped:  # now that nothing is at work in it any more
             await asyncio.to_thread(self._wipe)
             self._is_wiped = True
-        image = await resolve_image(self._daemon, self._config, self._image, self._pull_timeout_s)
+        self.progress = f"the image {self._config.image} is being looked up, and pulled where it is missing"
+        try:
+            image = await resolve_image(self._daemon, self._config, self._image, self._pull_timeout_s)
+        finally:
+            self.progress = ""
         await self._try_container(image)
         return image
 

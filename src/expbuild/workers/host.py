@@ -45,6 +45,7 @@ class HostWorker:
         self._properties = host_properties(config.platform)
         self._owner: Owner | None = None
         self._sandbox: Sandbox | None = None
+        self._level: Level = "none"
         self._lock_fd: int | None = None
 
     @property
@@ -67,6 +68,11 @@ class HostWorker:
         """See Worker. Known after `start`."""
         return self._owner
 
+    @property
+    def progress(self) -> str:
+        """See Worker: there is no image."""
+        return ""
+
     async def start(self) -> None:
         """Prepare the work directory, remove what an earlier server left in it, and prove that commands run.
 
@@ -86,6 +92,7 @@ class HostWorker:
                     raise
                 reasons.append(f"not {level}: {error}")
             else:
+                self._level = level
                 log.info("worker.isolated", worker=self._name, isolation=level, reason="; ".join(reasons))
                 return
 
@@ -121,6 +128,13 @@ class HostWorker:
                 self._spawner.run(spawn) if self._sandbox is None else self._run_sandboxed(run, spawn, input_is_root)
             )
         return self._to_run_result(run, environment["PATH"], result)
+
+    async def check(self) -> None:
+        """See Worker: it must be able to start a process, and to write into its directory."""
+        try:
+            await self._prove(self._level)
+        except (StartupError, OSError) as error:
+            raise WorkerFailed(str(error)) from error
 
     async def close(self) -> None:
         """Remove the work directory. Called when no run is in progress and all workspaces are gone."""
