@@ -25,12 +25,18 @@ help:
 serve: $(VENV)/.installed
 	@exec $(BIN)/re-server $(ARGS)
 
+# Tests run on the transport the server chooses, which is the native one; what clients see is shown on grpcio as well.
+OTHER_TRANSPORT = EXPBUILD_TEST_TRANSPORT=grpcio $(BIN)/python -m pytest -m "not docker and not one_transport" \
+	tests/api tests/execution_api tests/bazel/test_build.py::test_first_build_runs_every_action_remotely
+
 test: lint $(VENV)/.test-deps
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(OTHER_TRANSPORT))
 
 test-full: lint $(VENV)/.test-deps
 	PYTHON=$(BIN)/python tests/install-clients
 	EXPBUILD_TEST_FULL=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(OTHER_TRANSPORT))
 
 # Every server these start takes the transport from the variable (tests/support/server.py).
 test-transports: $(VENV)/.test-deps

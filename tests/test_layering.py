@@ -89,6 +89,7 @@ def room_of(module: str) -> str:
     top = module.partition(".")[0]
     if top in FOUNDATION:
         return "foundation"
+    top = {"lifecycle": "server", "sd_notify": "server"}.get(top, top)
     top = "cli" if top == "__main__" or top.startswith("cli_") else top
     if not any(top in layer for layer in LAYERS):
         raise LookupError(f"expbuild.{module} belongs to no room: give it one in tests/test_layering.py")

@@ -73,6 +73,13 @@ class ServerConfig(Table):
     admin_socket: AbsolutePath | None = None
     """Where `re-server status` and `re-server why` ask; only the owner can open it. By default `admin.sock` beside the
     directory of the CAS, or in the state directory for a CAS in memory."""
+    drain_timeout_seconds: Annotated[
+        float, Field(ge=0, le=86_400, allow_inf_nan=False), Expect("seconds from 0 to 86400")
+    ] = 60.0
+    """How long running actions may take to finish after SIGTERM; 0 ends them at once. A second SIGTERM does so too.
+
+    A service manager has to wait longer than this before it kills (`TimeoutStopSec`).
+    """
 
     @property
     def host(self) -> str:

@@ -142,6 +142,10 @@ class DockerWorkerConfig(Table):
     """Whom commands run as, by names of the image or by number; by default whom the image says."""
     volumes: Annotated[tuple[VolumeConfig, ...], LIST, AfterValidator(_check_volumes)] = ()
     """Directories of this machine that containers see."""
+    reuse: bool = True
+    """Run actions one after the other in a warm container; false: a fresh container for each."""
+    actions_per_container: Count = 200
+    """After so many actions a warm container is renewed, if nothing doubtful has ended it before."""
     work_dir: AbsolutePath = Field(default_factory=lambda: default_work_dir("docker"))
     """Where input roots are prepared; the Docker daemon must see the same directory under the same name."""
     docker_host: (

@@ -7,7 +7,6 @@ import contextlib
 import ipaddress
 import os
 import resource
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,20 +40,19 @@ from expbuild.execution.manager import ExecutionManager, ManagerPolicy
 from expbuild.execution.pool import PoolPolicy, WorkerPool
 from expbuild.execution.resources import Capacity
 from expbuild.execution.runner import ActionRunner, OutputLimits
+from expbuild.lifecycle import StopRequest, drain
+from expbuild.sd_notify import ServiceManager
 from expbuild.storage.base import ActionCache, BlobStore
 from expbuild.storage.factory import Stores, create_stores
 from expbuild.workers.factory import Workers
 
 log = structlog.get_logger()
 
-STOP_GRACE_S = 5.0
-
 
 async def serve(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartupError when the configuration cannot be kept."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = StopRequest()
+    stop.listen_to_signals()
     os.umask(0o022)
     _raise_file_limit()
     try:
@@ -70,7 +68,7 @@ async def serve(config: Config) -> None:
 
 
 async def _serve(
-    config: Config, storage: ThreadPoolExecutor, workspaces: ThreadPoolExecutor, stop: asyncio.Event
+    config: Config, storage: ThreadPoolExecutor, workspaces: ThreadPoolExecutor, stop: StopRequest
 ) -> None:
     functions = DigestFunctions(config.capabilities.digest_functions)
     stores = create_stores(config.storage, functions.enabled, storage)
@@ -80,7 +78,7 @@ async def _serve(
 
 
 async def _serve_from(
-    config: Config, stores: Stores, functions: DigestFunctions, workspaces: ThreadPoolExecutor, stop: asyncio.Event
+    config: Config, stores: Stores, functions: DigestFunctions, workspaces: ThreadPoolExecutor, stop: StopRequest
 ) -> None:
     blobs, action_cache = stores.blobs, stores.action_cache
     log.info("storage.initialised", cas=_place(config.storage.cas), action_cache=_place(config.storage.action_cache))
@@ -196,9 +194,10 @@ class _Servicers:
 
 
 async def _listen(
-    config: Config, servicers: _Servicers, stop: asyncio.Event, manager: ExecutionManager | None = None
+    config: Config, servicers: _Servicers, stop: StopRequest, manager: ExecutionManager | None = None
 ) -> None:
-    """Serve until told to stop; then refuse what is new, end what runs, and let answers get out."""
+    """Serve until told to stop; then let finish what runs, end the rest, and let answers get out."""
+    service_manager = ServiceManager(os.environ)
     servicers.complete()
     server = servicers.server
     port = server.bind(config.server.address)
@@ -207,15 +206,23 @@ async def _listen(
         log.warning("server.exposed", address=config.server.address, reason=exposure)
     await server.start()
     servicers.health.serve(servicers.names)
-    log.info("server.listening", address=f"{config.server.address.rpartition(':')[0]}:{port}")
+    address = f"{config.server.address.rpartition(':')[0]}:{port}"
+    log.info("server.listening", address=address)
+    service_manager.notify("READY=1", f"STATUS=Serving on {address}")
+    alive = asyncio.ensure_future(service_manager.keep_alive())
     try:
         await stop.wait()
-        log.info("server.stopping", grace_s=STOP_GRACE_S)
+        service_manager.notify("STOPPING=1", "STATUS=Stopping")
+        servicers.health.refuse()
+        if manager is not None:
+            await drain(manager.pool, config.server.drain_timeout_seconds, stop, service_manager)
+        log.info("server.stopping", grace_s=stop.grace_s)
     finally:
+        alive.cancel()
         servicers.health.close()
         if manager is not None:
             manager.close()
-        await server.stop(STOP_GRACE_S)
+        await server.stop(stop.grace_s)
 
 
 def _threads() -> int:

@@ -13,6 +13,8 @@ from expbuild.api.resource_names import BlobName, ResourceNames
 from expbuild.digest import Digest, DigestFunction, DigestFunctions
 from expbuild.errors import InvalidArgument
 
+pytestmark = pytest.mark.one_transport
+
 FUNCTIONS = (DigestFunction.SHA256, DigestFunction.BLAKE3, DigestFunction.SHA1)
 NAMES = ResourceNames(DigestFunctions(FUNCTIONS), (Compressor.IDENTITY, Compressor.ZSTD, Compressor.DEFLATE))
 

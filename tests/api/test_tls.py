@@ -23,6 +23,8 @@ from tests.api.client import TIMEOUT_S
 from tests.api.conftest import StartServer
 from tests.support.server import ReServer
 
+pytestmark = pytest.mark.one_transport
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:

@@ -53,6 +53,8 @@ from expbuild.reapi import (
 )
 from tests.support.server import ReServer
 
+pytestmark = pytest.mark.one_transport
+
 TRANSPORTS: tuple[Literal["grpcio", "native"], ...] = ("grpcio", "native")
 MIB = 1 << 20
 
@@ -90,18 +92,17 @@ def test_selection(choice: Choice, obstacle: str | None, tls: bool, tokens: bool
     assert (selected.transport, selected.reason) == expected
 
 
-@pytest.mark.parametrize(
-    ("obstacle", "tls", "words"),
-    [
-        pytest.param(NOT_INSTALLED, False, "pip install 'expbuild[native]'", id="not-installed"),
-        pytest.param(None, True, '"native" has no TLS', id="tls"),
-    ],
-)
-def test_native_where_it_cannot_be_is_refused(obstacle: str | None, tls: bool, words: str) -> None:
-    """What was asked for by name is not silently replaced."""
+def test_native_by_name_falls_back_where_it_lacks_something() -> None:
+    """With TLS grpcio serves, and the line that says so is a warning."""
+    selected = select("native", obstacle=None, tls=True, tokens=False)
+    assert (selected.transport, selected.is_fallback) == ("grpcio", True)
+    assert selected.reason == 'server.transport says "native", which has no TLS: grpcio serves in its place'
+
+
+def test_native_by_name_is_refused_where_it_is_not_installed() -> None:
     with pytest.raises(StartupError) as caught:
-        select("native", obstacle=obstacle, tls=tls, tokens=False)
-    assert words in str(caught.value)
+        select("native", obstacle=NOT_INSTALLED, tls=False, tokens=False)
+    assert NOT_INSTALLED in str(caught.value)
 
 
 def test_a_version_nobody_has_tried_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

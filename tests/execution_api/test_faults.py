@@ -57,6 +57,7 @@ def full_server() -> Iterator[ReServer]:
 
 
 @pytest.mark.duty("GEN-19", "EXE-36", "OUT-17", "OUT-18")
+@pytest.mark.one_transport
 async def test_outputs_that_find_no_room_are_an_error_and_no_result(full_server: ReServer) -> None:
     """RESOURCE_EXHAUSTED, which clients retry, without a MISSING; nothing cached; smaller actions go on."""
     async with Client(full_server.address) as client:
@@ -71,6 +72,7 @@ async def test_outputs_that_find_no_room_are_an_error_and_no_result(full_server:
         assert (await client.execute(shell("exit 3"))).result.exit_code == 3
 
 
+@pytest.mark.one_transport
 async def test_RUN_06_an_action_that_fills_its_disk_fails_by_itself(full_server: ReServer) -> None:
     """Its program is told that there is no room; what it does then is its exit code."""
     async with Client(full_server.address) as client:
@@ -78,6 +80,7 @@ async def test_RUN_06_an_action_that_fills_its_disk_fails_by_itself(full_server:
         assert result.exit_code == 9
 
 
+@pytest.mark.one_transport
 async def test_EXE_34_a_result_that_cannot_be_cached_is_returned_all_the_same(start_server: StartServer) -> None:
     """Something lies where the entries would: every write of one fails."""
     kept: list[Config] = []
@@ -126,6 +129,7 @@ async def _runs(client: Client) -> bool:
         return False
 
 
+@pytest.mark.one_transport
 async def test_EXE_17_the_state_is_told_again_while_nothing_changes(client: Client, effects: SideEffects) -> None:
     """Proxies close streams that are quiet."""
     gate = effects.gate()
@@ -157,6 +161,7 @@ async def test_EXE_22_EXE_27_a_calls_deadline_is_not_the_actions_timeout(client:
     assert (await waiter.finish()).result.exit_code == 0
 
 
+@pytest.mark.one_transport
 async def test_EXE_24_time_in_the_queue_is_not_the_actions(start_server: StartServer, effects: SideEffects) -> None:
     """An action waits longer than its timeout is, and then runs."""
 

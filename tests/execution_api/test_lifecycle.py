@@ -31,6 +31,8 @@ from tests.support.actions import (
 from tests.support.processes import read_stat
 from tests.support.server import Config, ReServer, host_pool_config, to_toml
 
+pytestmark = pytest.mark.one_transport
+
 UNIMPLEMENTED, UNAVAILABLE = 12, 14
 EXAMPLE = Path(__file__).parents[2] / "examples" / "expbuild-server-pool.toml"
 

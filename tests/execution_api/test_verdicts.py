@@ -15,6 +15,8 @@ from tests.support.files import scratch_directory
 from tests.support.require import unavailable
 from tests.support.server import ReServer, host_pool_config
 
+pytestmark = pytest.mark.one_transport
+
 FAILED_PRECONDITION, DEADLINE_EXCEEDED, INVALID_ARGUMENT = 9, 4, 3
 MEMORY_LIMIT = 96 << 20
 LOG_LIMIT = 1 << 20

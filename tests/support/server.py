@@ -84,6 +84,8 @@ class ReServer:
         start_timeout_s: float = 30,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        # Tests end servers amid actions, and have no minute for each. Those about the drain say how long it may take.
+        config = {**config, "server": {"drain_timeout_seconds": 0, **config.get("server", {})}}
         if TRANSPORT is not None:
             config = {**config, "server": {"transport": TRANSPORT, **config.get("server", {})}}
         self._config_file = directory / "expbuild.toml"
@@ -169,21 +171,23 @@ class ReServer:
         """
         return sum(process.own_cpu_s for process in process_tree(self.pid))
 
-    def terminate(self, *, timeout_s: float = 30) -> None:
-        """Ask it to end with SIGTERM. Raises AssertionError unless it ends with exit code 0 and leaves no process."""
+    def terminate(self, *, timeout_s: float = 30, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask it to end with a signal. Raises AssertionError unless it ends with exit code 0 and leaves no process."""
         if HOLLOW:
             return
         process, started = self._running(), self._descendants()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         try:
             exit_code = process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"still running {timeout_s} s after SIGTERM; its log:\n{self._log_tail()}") from None
+            raise AssertionError(
+                f"still running {timeout_s} s after {number.name}; its log:\n{self._log_tail()}"
+            ) from None
         self._process = None
         survivors = _wait_until_gone(started)
         _kill(survivors)
-        assert exit_code == 0, f"ended with {exit_code} after SIGTERM; its log:\n{self._log_tail()}"
+        assert exit_code == 0, f"ended with {exit_code} after {number.name}; its log:\n{self._log_tail()}"
         assert not survivors, f"processes outlived the server: {survivors}; its log:\n{self._log_tail()}"
 
     def kill(self) -> None:

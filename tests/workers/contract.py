@@ -118,6 +118,11 @@ class Bench:
                 if self.worker.owner is not None:
                     os.chown(root / parent, self.worker.owner.uid, self.worker.owner.gid)
 
+    def has_made(self, run: Run, name: str) -> bool:
+        """Whether a running command has made a file in its input root, wherever the worker has put that meanwhile."""
+        roots = (run.workspace / "root", *self.worker.work_dir.glob("container-*/root"))
+        return any((root / name).exists() for root in roots)
+
     def survivors(self) -> list[str]:
         """Return the command lines of all living processes that a command of ours started."""
         return processes_with(f"EXPBUILD_TEST_MARK={self.mark}")
@@ -193,9 +198,16 @@ def _docker(work_dir: Path, request: pytest.FixtureRequest) -> AbstractAsyncCont
     return open_docker_worker(work_dir, daemon.host, request.getfixturevalue("busybox_without_path"))
 
 
+def _docker_warm(work_dir: Path, request: pytest.FixtureRequest) -> AbstractAsyncContextManager[Worker]:
+    daemon: DockerDaemon = request.getfixturevalue("docker")
+    image = request.getfixturevalue("busybox_without_path")
+    return open_docker_worker(work_dir, daemon.host, image, user="1000:1000")
+
+
 WORKER_KINDS = [
     pytest.param(_host, id="host"),
     pytest.param(_host_chroot, id="host-chroot"),
     pytest.param(_docker, id="docker", marks=pytest.mark.docker),
+    pytest.param(_docker_warm, id="docker-warm", marks=pytest.mark.docker),
 ]
 """How to open each kind of worker; `pytest.param(opener, id=..., marks=...)`."""

@@ -157,7 +157,7 @@ async def test_container_is_configured_as_a_closed_list(bench: Bench, docker: Do
     run = bench.prepare("/bin/sh", "-c", ": > ready; sleep 1000", timeout_s=None)
     running = asyncio.create_task(bench.worker.run(run))
     try:
-        await wait_until((run.workspace / "root/ready").exists)
+        await wait_until(lambda: bench.has_made(run, "ready"))
         (container,) = containers_of(bench.worker, docker.host)  # type: ignore[arg-type]
         shown = docker.run(
             "inspect",
@@ -198,7 +198,7 @@ async def test_out_of_memory_is_said_with_the_limit(
     """Whoever died of it, the message names the limit."""
     async with opened(base_dir, docker, busybox, memory_limit=MEMORY_LIMIT) as bench:
         ran = await bench.sh(script)
-        assert ran.result.message == f"out of memory: the limit is {MEMORY_LIMIT} bytes"
+        assert ran.result.message == "out of memory: a process was killed at the memory limit of 64 MiB (memory_limit)"
         assert ran.exit_code in (137, 3)
         assert (await bench.sh("exit 137")).result.message == ""
 
@@ -286,7 +286,8 @@ async def test_what_no_container_can_be_given_is_the_clients_error(
 @pytest.mark.parametrize("program", ["no-such-program", "./no-such-program", "/bin", "./script"])
 async def test_programs_are_named_without_an_init(bench: Bench, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On daemons that have no init the daemon's own words are understood."""
-    monkeypatch.setattr(bench.worker, "_use_init", False)
+    assert isinstance(bench.worker, DockerWorker)
+    monkeypatch.setattr(bench.worker._fresh, "use_init", False)
     run = bench.prepare(program, "argument", env={"PATH": "/bin:/nowhere"})
     script = run.workspace / "root/script"
     script.write_bytes(b"#!/no/such/interpreter\n")
@@ -450,7 +451,7 @@ async def test_container_ended_by_others_is_no_result(bench: Bench, docker: Dock
     """Nor is one that the daemon ends as it shuts down: the action may have been about to succeed."""
     run = bench.prepare("/bin/sh", "-c", "trap 'exit 0' TERM; : > ready; while :; do sleep 1; done")
     running = asyncio.create_task(bench.worker.run(run))
-    await wait_until((run.workspace / "root/ready").exists)
+    await wait_until(lambda: bench.has_made(run, "ready"))
     assert isinstance(bench.worker, DockerWorker)
     containers = containers_of(bench.worker, docker.host)
     docker.run(command, *(["--force"] if command == "rm" else []), *containers)
@@ -495,9 +496,10 @@ async def test_daemon_lost_during_a_run_is_the_workers_failure(
     await relay.open()
     async with unstarted(base_dir, relay.host, busybox) as worker:
         await worker.start()
-        run = Bench(worker).prepare("/bin/sh", "-c", ": > ready; sleep 1000", timeout_s=None)
+        bench = Bench(worker)
+        run = bench.prepare("/bin/sh", "-c", ": > ready; sleep 1000", timeout_s=None)
         running = asyncio.create_task(worker.run(run))
-        await wait_until((run.workspace / "root/ready").exists)
+        await wait_until(lambda: bench.has_made(run, "ready"))
         if trouble == "dies":
             await relay.close()
         else:

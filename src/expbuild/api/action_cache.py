@@ -6,6 +6,7 @@ from expbuild.api.inlining import RESULT_BYTES, InlineWishes, inlined
 from expbuild.api.instances import Instances
 from expbuild.api.messages import parse_digest, request_digest, to_message
 from expbuild.api.rpc import ServicerContext, request_metadata
+from expbuild.api.trees import with_trees
 from expbuild.digest import DigestFunction, DigestFunctions
 from expbuild.errors import ActionResultNotFound, InvalidArgument, PermissionDenied
 from expbuild.reapi import (
@@ -43,6 +44,7 @@ class ActionCacheService(ActionCacheServicer):
         if result is None:
             raise ActionResultNotFound(f"no usable result of action {digest} is cached")
         wishes = InlineWishes(request.inline_stdout, request.inline_stderr, request.inline_output_files)
+        result = await with_trees(result, self._blobs, digest.function)
         return await inlined(result, wishes, self._blobs, digest.function)
 
     async def UpdateActionResult(self, request: UpdateActionResultRequest, context: ServicerContext) -> ActionResult:

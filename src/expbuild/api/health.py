@@ -39,6 +39,10 @@ class HealthService(HealthServicer):
         """Say that the server and these services take requests."""
         self._set({"": SERVING, **dict.fromkeys(services, SERVING)})
 
+    def refuse(self) -> None:
+        """Say that nothing takes requests any more, so that nobody new comes; watchers go on watching."""
+        self._set(dict.fromkeys(self._statuses, NOT_SERVING))
+
     def close(self) -> None:
         """Say that nothing takes requests any more; watchers hear it and are done."""
         self._is_closed = True

@@ -10,6 +10,7 @@ from expbuild.api.inlining import InlineWishes, inlined
 from expbuild.api.messages import to_message
 from expbuild.api.rpc import ServicerContext
 from expbuild.api.status import OK, to_status
+from expbuild.api.trees import with_trees
 from expbuild.errors import InvalidArgument, Unimplemented
 from expbuild.execution.execution import Execution, Outcome
 from expbuild.execution.manager import ExecutionManager
@@ -87,7 +88,8 @@ async def _response(execution: Execution, outcome: Outcome, blobs: BlobStore, wi
         message=outcome.message,
     )
     if outcome.result is not None:
-        response.result.CopyFrom(await inlined(outcome.result, wishes, blobs, execution.action_digest.function))
+        result = await with_trees(outcome.result, blobs, execution.action_digest.function)
+        response.result.CopyFrom(await inlined(result, wishes, blobs, execution.action_digest.function))
     return response
 
 

@@ -39,10 +39,11 @@ _INSTALL = "pip install 'expbuild[native]'"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A transport, and why it."""
+    """A transport, and why it. is_fallback: another one was asked for by name, and cannot do what is configured."""
 
     transport: Literal["grpcio", "native"]
     reason: str
+    is_fallback: bool = False
 
 
 class Server:
@@ -80,7 +81,8 @@ def create_server(choice: Choice, *, credentials: grpc.ServerCredentials | None 
     """
     obstacle = None if choice == "grpcio" else _native_obstacle()
     selected = select(choice, obstacle=obstacle, tls=credentials is not None, tokens=tokens)
-    log.info("transport.selected", transport=selected.transport, reason=selected.reason)
+    say = log.warning if selected.is_fallback else log.info
+    say("transport.selected", transport=selected.transport, reason=selected.reason)
     if selected.transport == "native":
         from expbuild.api.native import NativeServer
 
@@ -89,7 +91,7 @@ def create_server(choice: Choice, *, credentials: grpc.ServerCredentials | None 
 
 
 def select(choice: Choice, *, obstacle: str | None, tls: bool, tokens: bool) -> Selection:
-    """Return the transport for a configuration. Raises StartupError when "native" is demanded and cannot be.
+    """Return the transport for a configuration. Raises StartupError when "native" is demanded and not installed.
 
     obstacle: why the native transport cannot be loaded, if so. tokens: whether callers need one.
     """
@@ -100,7 +102,8 @@ def select(choice: Choice, *, obstacle: str | None, tls: bool, tokens: bool) -> 
             if obstacle is not None:
                 raise StartupError(f'server.transport: "native" is not possible: {obstacle}')
             if tls:
-                raise StartupError('server.transport: "native" has no TLS; "auto" and "grpcio" have')
+                reason = 'server.transport says "native", which has no TLS: grpcio serves in its place'
+                return Selection("grpcio", reason, is_fallback=True)
             return Selection("native", "server.transport says so")
         case "auto":
             if obstacle is not None:

@@ -174,7 +174,7 @@ class OutputCollector:
     def _add_directory(self, request: OutputRequest, fd: int) -> None:
         """Store a directory as a Tree; as single Directory blobs too when the client asked for those."""
         nodes = self._walk(fd, request.path)
-        tree = b"".join(_field(1 if index == 0 else 2, data) for index, data in enumerate(nodes.values()))
+        tree = b"".join(length_delimited(1 if index == 0 else 2, data) for index, data in enumerate(nodes.values()))
         tree_digest = self._function.digest_of(tree)
         self._found.blobs[tree_digest] = tree
         output = OutputDirectory(path=request.path, tree_digest=_message(tree_digest), is_topologically_sorted=True)
@@ -336,7 +336,7 @@ def _message(digest: Digest) -> DigestMessage:
     return DigestMessage(hash=digest.hash, size_bytes=digest.size_bytes)
 
 
-def _field(number: int, data: bytes) -> bytes:
+def length_delimited(number: int, data: bytes) -> bytes:
     """Return `data` as length-delimited field `number`: a Tree is made of its Directories' own bytes."""
     encoded = bytearray([number << 3 | 2])
     length = len(data)

@@ -36,7 +36,8 @@ class Daemon:
         self._label = label
         self._timeout_s = timeout_s
         self._client: aiodocker.Docker | None = None
-        self._containers: list[DockerContainer] = []  # created, and not known to be removed
+        self._alive: set[str] = set()  # created, and not known to be removed
+        self._not_removed: set[str] = set()  # those of them that could not be
 
     @property
     def client(self) -> aiodocker.Docker:
@@ -56,7 +57,7 @@ class Daemon:
     async def close(self) -> None:
         """Remove what may be left of our containers, where the daemon lets us, and disconnect."""
         try:
-            if self._containers:
+            if self._alive:
                 await self.remove_leftovers()
         finally:
             await self._disconnect()
@@ -87,37 +88,44 @@ class Daemon:
             raise WorkerFailed(f"cannot reach the Docker daemon at {self.host}: {_reason(error)}") from error
 
     async def create(self, config: dict[str, Any]) -> DockerContainer:
-        """Create a container that `remove_created` removes.
+        """Create a container; the caller has to `remove` it.
 
         A cancellation takes effect only afterwards: cut off in between, we would not know of the container.
         """
-        return await to_the_end(self._create(config))
+        creating = asyncio.create_task(self._create(config))
+        try:
+            return await to_the_end(_result(creating))
+        except asyncio.CancelledError:
+            if not creating.cancelled() and creating.exception() is None:
+                await self.remove(creating.result())
+            raise
 
     async def _create(self, config: dict[str, Any]) -> DockerContainer:
         async with self.call("create a container"):
             container = await self.client.containers.create({**config, "Labels": {LABEL: self._label}})
-        self._containers.append(container)
+        self._alive.add(container.id)
         return container
 
     @property
     def has_leftovers(self) -> bool:
         """Whether a container we created could not be removed: what runs in it may still be alive."""
-        return bool(self._containers)
+        return bool(self._not_removed)
 
-    async def remove_created(self) -> None:
-        """Kill and remove what `create` created, also when cancelled meanwhile.
+    async def remove(self, container: DockerContainer) -> bool:
+        """Kill and remove a container, also when cancelled meanwhile; return whether it and all in it are gone.
 
-        Never raises WorkerFailed, which would hide the reason of a run's end; see `has_leftovers` afterwards.
+        Never raises WorkerFailed, which would hide the reason of a run's end; see `has_leftovers` too.
         """
-        await to_the_end(self._remove_created())
+        return await to_the_end(self._try_to_remove(container))
 
-    async def _remove_created(self) -> None:
+    async def _try_to_remove(self, container: DockerContainer) -> bool:
         try:
-            while self._containers:
-                await self._remove(self._containers[-1])
-                self._containers.pop()
+            await self._remove(container)
         except WorkerFailed as error:
-            log.warning("container.not_removed", containers=[c.id for c in self._containers], reason=str(error))
+            self._not_removed.add(container.id)
+            log.warning("container.not_removed", container=container.id, reason=str(error))
+            return False
+        return True
 
     async def remove_leftovers(self) -> int:
         """Kill and remove all containers of this worker, of an earlier process too; return how many there were."""
@@ -126,7 +134,8 @@ class Daemon:
             found = await self.client.containers.list(all=True, filters=filters)
         for container in found:
             await self._remove(container)
-        self._containers.clear()
+        self._alive.clear()
+        self._not_removed.clear()
         return len(found)
 
     async def has_killed(self, container: DockerContainer, state: Mapping[str, Any]) -> bool:
@@ -144,13 +153,21 @@ class Daemon:
             await events.run(since=f"{since:.6f}", until=f"{until + 0.5:.6f}", filters=filters)
         return await found.get() is not None  # None marks the end of the list
 
+    async def changes(self, container: DockerContainer) -> frozenset[str]:
+        """Return the paths that differ between the container's file system and its image's."""
+        async with self.call("compare a container with its image"):
+            found = await self.client._query_json(f"containers/{container.id}/changes")  # aiodocker does not offer it
+        return frozenset(entry["Path"] for entry in found or ())
+
     async def _remove(self, container: DockerContainer) -> None:
         async with self.call("remove a container"):
             try:
-                await container.delete(force=True, v=True)
+                # By the connection there is now: the one it was created through may be gone.
+                await self.client.containers.container(container.id).delete(force=True, v=True)
             except DockerError as error:
                 if error.status not in (404, 409):  # gone, or about to go
                     raise
+        self._alive.discard(container.id)
 
 
 async def to_the_end(coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -166,6 +183,10 @@ async def to_the_end(coroutine: Coroutine[Any, Any, _T]) -> _T:
         task.exception()  # marks it as seen
         raise cancelled
     return task.result()
+
+
+async def _result(task: asyncio.Task[_T]) -> _T:
+    return await task
 
 
 def _reason(error: Exception) -> str:

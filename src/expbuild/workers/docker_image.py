@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,18 @@ log = structlog.get_logger()
 class Image:
     """The image as it was when the worker started; what runs is this id, wherever its tag has moved since.
 
-    uid, gid: whom commands run as. path: the PATH the image sets, "" when it sets none.
+    uid, gid: whom commands run as. variables: those the image sets.
     """
 
     id: str
     uid: int
     gid: int
-    path: str
+    variables: Mapping[str, str]
+
+    @property
+    def path(self) -> str:
+        """The PATH the image sets, "" when it sets none."""
+        return self.variables.get("PATH", "")
 
 
 async def resolve_image(
@@ -52,7 +58,7 @@ async def resolve_image(
     user = config.user or settings.get("User") or ""
     uid, gid = await _resolve_user(daemon, found["Id"], user)
     variables = dict(entry.partition("=")[::2] for entry in settings.get("Env") or ())
-    return Image(found["Id"], uid, gid, variables.get("PATH", ""))
+    return Image(found["Id"], uid, gid, variables)
 
 
 async def _inspect(daemon: Daemon, reference: str) -> dict[str, Any] | None:
@@ -81,12 +87,12 @@ async def _resolve_user(daemon: Daemon, image_id: str, user: str) -> tuple[int, 
     if re.fullmatch(r"\d+:\d+", user, re.ASCII):
         uid, _, gid = user.partition(":")
         return int(uid), int(gid)
+    container = await daemon.create({"Image": image_id, "Entrypoint": ["/never-started"]})
     try:
-        container = await daemon.create({"Image": image_id, "Entrypoint": ["/never-started"]})
         passwd = await _read_file(daemon, container, "/etc/passwd")
         group = await _read_file(daemon, container, "/etc/group")
     finally:
-        await daemon.remove_created()
+        await daemon.remove(container)
     numbers = numeric_user(user, passwd, group)
     if numbers is None:
         raise WorkerFailed(f"the image has no user {user!r}; set user to numbers, uid:gid")

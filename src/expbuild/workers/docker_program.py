@@ -6,6 +6,7 @@ import posixpath
 import re
 
 from expbuild.errors import InvalidArgument
+from expbuild.workers import verdicts
 from expbuild.workers.base import Run
 
 _ARGUMENTS_LIMIT_BYTES = 6 << 20  # the most the kernel ever takes, environment included; usually 2 MiB
@@ -28,6 +29,11 @@ def check_command(run: Run) -> None:
     size_bytes = sum(len(text.encode()) for text in (*run.arguments, *run.environment, *run.environment.values()))
     if size_bytes > _ARGUMENTS_LIMIT_BYTES:
         raise _cannot_execute(run, "its arguments and environment are too long for the system")
+
+
+def out_of_memory(limit_bytes: int | None) -> str:
+    """Return the message for a command of which something was killed for want of memory."""
+    return "out of memory: this machine has none left" if limit_bytes is None else verdicts.out_of_memory(limit_bytes)
 
 
 def not_executed(run: Run, path: str, reason: str) -> InvalidArgument:
