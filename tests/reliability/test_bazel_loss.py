@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.bazel, pytest.mark.timeout(900)]
 
 _LOSS = 0.05
 _LIBRARIES = 8
+_ACTIONS_BETWEEN = 4
+_STRIKES_PER_KILL = 3
 _RETRIES = ("--remote_retries=30",)
 
 
@@ -58,7 +60,7 @@ def bazel_on(directory: Path) -> Iterator[Bazel]:
 
 
 class Nemesis:
-    """Deletes blobs of a running server at random, and restarts it, until it is stopped."""
+    """Deletes blobs of a running server at random, and kills and starts it, until it is stopped."""
 
     def __init__(self, server: ReServer, cas: Path, seed: int) -> None:
         self._server = server
@@ -67,7 +69,7 @@ class Nemesis:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nemesis")
         self._error: BaseException | None = None
-        self.lost = self.restarts = 0
+        self.lost = self.strikes = self.restarts = 0
 
     def __enter__(self) -> Nemesis:
         self._thread.start()
@@ -80,13 +82,19 @@ class Nemesis:
             raise self._error
 
     def _run(self) -> None:
+        """Strike whenever some actions have ended: by progress, not by time, so that a slow machine gets there too."""
         try:
-            while not self._stop.wait(self._rng.uniform(0.2, 1.0)):
+            struck_at = 0
+            while not self._stop.wait(0.1):
+                if len(self._server.events("execution.completed")) < struck_at + _ACTIONS_BETWEEN:
+                    continue
                 self._lose()
-                if self._rng.random() < 0.15:
+                self.strikes += 1
+                if self.strikes % _STRIKES_PER_KILL == 0:
                     self._server.kill()
                     self._server.start()
                     self.restarts += 1
+                struck_at = len(self._server.events("execution.completed"))
         except BaseException as error:
             self._error = error
 
@@ -112,7 +120,7 @@ def config_of(root: Path, port: int) -> Config:
 
 
 def test_builds_finish_and_are_what_a_local_build_makes(scratch: Path) -> None:
-    """5 % of the blobs vanish about twice a second, and the server is killed now and then."""
+    """5 % of the blobs vanish after every few actions, and the server is killed now and then."""
     with bazel_on(scratch / "local") as bazel:
         bazel.build(ALL_TARGETS).check()
         expected = outputs(bazel)
@@ -122,6 +130,7 @@ def test_builds_finish_and_are_what_a_local_build_makes(scratch: Path) -> None:
         bazel.build(*remote_flags(server.address), *_RETRIES, ALL_TARGETS, timeout_s=600).check()
         assert outputs(bazel) == expected
     assert nemesis.lost > 0
+    assert nemesis.restarts > 0
 
 
 class Storm:

@@ -259,6 +259,7 @@ class TestFullDisk:
             janitor._fails_until = 0.0  # at once, not in a second
             await store(blobs, cycle * 1000 + 999)
         assert janitor.broken_promises == 0
+        blobs.root.close()  # so that the disk can go
 
     async def test_foreign_files_that_fill_the_disk_are_waited_out(self, small_disk: Path, executor: Executor) -> None:
         blobs, janitor = make(small_disk / "cas", executor)
@@ -271,3 +272,4 @@ class TestFullDisk:
         janitor._fails_until = 0.0  # at once, not in a second
         blobs.budget.removed(0, 0)  # look at the disk now, not in two seconds
         await store(blobs, 2)
+        blobs.root.close()
