@@ -17,7 +17,7 @@ from tests.conformance.duties import ROOT, read_cases
 from tests.conformance.hollow import start_hollow_server
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_against_a_server_that_does_nothing_every_test_of_a_duty_fails(tmp_path: Path) -> None:
     tests = [case.test for case in read_cases()]
     server, address = await start_hollow_server()
