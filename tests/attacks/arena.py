@@ -80,6 +80,16 @@ def poison_files(state: Path) -> list[Path]:
     return sorted(path for path in files if path.read_bytes() == POISON)
 
 
+def processes_of(uids: tuple[int, ...]) -> list[str]:
+    """Return the ids of the processes that run as one of the users."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if entry.name.isdigit() and entry.stat().st_uid in uids:
+                found.append(entry.name)
+    return found
+
+
 def _config(state: Path, level: Level) -> Config:
     config = host_pool_config(state, workers=len(SLOTS))
     pool = config["execution"]["pool"]

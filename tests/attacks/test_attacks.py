@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.attacks import table
-from tests.attacks.arena import SLOTS, arena, poison_files
+from tests.attacks.arena import SLOTS, arena, poison_files, processes_of
 from tests.attacks.attack import LEVELS, Level
 from tests.attacks.kit import ATTACKS, run_all
 from tests.support.actions import eventually
@@ -38,10 +38,6 @@ def _damaged(cas: Path) -> list[str]:
     return wrong
 
 
-def _processes_of(uids: tuple[int, ...]) -> list[str]:
-    return [e.name for e in Path("/proc").iterdir() if e.name.isdigit() and e.exists() and e.stat().st_uid in uids]
-
-
 @pytest.mark.parametrize("level", LEVELS)
 async def test_nothing_succeeds_but_what_the_level_admits(level: Level) -> None:
     """What is admitted is written beside each attack; neither more nor less succeeds, and nothing is left."""
@@ -56,9 +52,11 @@ async def test_nothing_succeeds_but_what_the_level_admits(level: Level) -> None:
         assert _inodes(target.state) == before
         assert _damaged(target.state / "cas") == []
         work = target.state / "work"
-        await eventually(lambda: not any(os.listdir(work / f"host-{n}") for n in (0, 1)), "no workspace is left")
+        await eventually(
+            lambda: not any(os.listdir(work / f"host-{n}") for n in (0, 1)), "no workspace is left", timeout_s=60
+        )
         if level != "user":
-            assert _processes_of(SLOTS) == []
+            await eventually(lambda: not processes_of(SLOTS), "no process of a slot is left")
         assert server.events("internal_error") == []
 
 
