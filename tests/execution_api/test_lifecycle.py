@@ -75,11 +75,15 @@ async def test_kill_9_of_the_server_leaves_no_action_running(start_server: Start
         stream = await client.start(shell(script))
         await eventually(pid_file.exists, "the action runs")
         name = stream.operations[0].name
+        work_dir = Path(server.config["execution"]["pool"]["workers"][0]["work_dir"])
+        workspaces = [path for path in work_dir.glob("host-*/*") if path.is_dir()]
+        assert workspaces, "the action has a workspace"
         os.kill(server.pid, signal.SIGKILL)
         pid = int(pid_file.read_text())
         await eventually(lambda: not _is_alive(pid), "the action is dead")
     server.kill()
     server.start()
+    assert not any(path.exists() for path in workspaces), "a workspace of the killed server is left"
     async with Client(server.address) as client:
         assert (await client.execute(shell("true"))).result.exit_code == 0
         async with failing_rpc() as status:  # EXE-48
