@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.execution_api.reasons import wait_for_reason
 from tests.support.actions import Client, Executable, SideEffects, shell, to_message
 from tests.support.docker import busybox_image, docker_daemon
 from tests.support.files import scratch_directory
@@ -99,3 +101,34 @@ async def test_the_platform_decides_between_host_and_container(
     assert result.execution_metadata.worker.startswith("docker")
     await gate.open()
     assert (await busy.finish()).result.execution_metadata.worker == "host-0"
+
+
+async def test_an_action_waits_for_the_image_that_is_being_pulled(mixed_server: tuple[ReServer, str]) -> None:
+    """From a registry that takes the call and never answers; who waits is told so."""
+    (docker,) = (w for w in mixed_server[0].config["execution"]["pool"]["workers"] if w["type"] == "docker")
+    calls: list[asyncio.StreamWriter] = []
+
+    async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(writer)
+        await reader.read()
+
+    registry = await asyncio.start_server(never_answer, "127.0.0.1", 0)
+    port = registry.sockets[0].getsockname()[1]
+    with scratch_directory("expbuild-execution-") as directory:
+        config = host_pool_config(directory / "state", workers=1)
+        image = f"127.0.0.1:{port}/slow:1"
+        work_dir = str(directory / "state" / "docker")
+        config["execution"]["pool"]["workers"].append({**docker, "count": 1, "image": image, "work_dir": work_dir})
+        server = ReServer(directory / "server", config)
+        try:
+            await asyncio.to_thread(server.start)
+            async with Client(server.address) as client:
+                stream = await client.start(shell("true", platform=IN_CONTAINER))
+                reason = await wait_for_reason(client, stream.operations[0].name, "image_pulling")
+                assert f"docker-0: the image {image} is being looked up, and pulled" in reason.text
+                stream.drop()
+        finally:
+            await asyncio.to_thread(server.kill)
+            for writer in calls:
+                writer.close()
+            registry.close()

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from expbuild.reapi import ExecutionStage
 from tests.execution_api.conftest import StartServer
+from tests.execution_api.reasons import wait_for_reason
 from tests.support.actions import RPC_TIMEOUT_S, Client, SideEffects, Stream, eventually, metadata_of, shell, status_of
 from tests.support.server import Config
 
@@ -56,6 +57,7 @@ async def test_what_runs_finishes_and_what_waits_is_held_until_the_end(
         ending = asyncio.create_task(asyncio.to_thread(server.terminate, timeout_s=RPC_TIMEOUT_S))
         await eventually(lambda: bool(server.events("server.draining")), "the server drains")
         assert await _health(server.address) == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert "shutting down" in (await wait_for_reason(client, queued.operations[0].name, "draining")).text
         (draining,) = server.events("server.draining")
         assert draining["running"] == 1
         new = await client.start(shell(effects.mark("new")))

@@ -16,15 +16,12 @@ import pytest
 
 from expbuild.reapi import (
     CancelOperationRequest,
-    ExecuteOperationMetadata,
     ExecutionStage,
-    ListOperationsRequest,
-    Operation,
     RetryInfo,
-    WaitReasonMessage,
 )
 from tests.execution_api.conftest import StartServer
-from tests.support.actions import RPC_TIMEOUT_S, Client, SideEffects, eventually, failing_rpc, metadata_of, shell
+from tests.execution_api.reasons import wait_for_reason
+from tests.support.actions import RPC_TIMEOUT_S, Client, SideEffects, eventually, failing_rpc, shell
 from tests.support.server import Config, ReServer
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
@@ -35,15 +32,6 @@ MISSING_DOCKER = {"type": "docker", "count": 1, "image": "any", "docker_host": "
 def is_explained(sentence: str) -> bool:
     """Whether the page has these words."""
     return " ".join(sentence.split()) in " ".join(PAGE.read_text().split())
-
-
-def reason_of(operation: Operation) -> WaitReasonMessage | None:
-    metadata: ExecuteOperationMetadata = metadata_of(operation)
-    for auxiliary in metadata.partial_execution_metadata.auxiliary_metadata:
-        message = WaitReasonMessage()
-        if auxiliary.Unpack(message):
-            return message
-    return None
 
 
 def one_worker(change: Callable[[Config], None] = lambda config: None) -> Callable[[Config], None]:
@@ -69,24 +57,6 @@ async def ask_json(server: ReServer, *arguments: str) -> dict[str, Any]:
     assert answer.returncode == 0, answer.stderr
     loaded: dict[str, Any] = json.loads(answer.stdout)
     return loaded
-
-
-async def wait_for_reason(client: Client, name: str, kind: str) -> WaitReasonMessage:
-    """Ask for the operations until the one of this name waits for this."""
-    found: list[WaitReasonMessage] = []
-
-    async def is_there() -> bool:
-        request = ListOperationsRequest()
-        listed = await client.operations.ListOperations(request, timeout=RPC_TIMEOUT_S)
-        reasons = [reason_of(operation) for operation in listed.operations if operation.name == name]
-        found[:] = [reason for reason in reasons if reason is not None and reason.kind == kind]
-        return bool(found)
-
-    for _ in range(600):
-        if await is_there():
-            return found[0]
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"{name} never waited for {kind}")
 
 
 async def test_no_idle_worker_is_told_everywhere(start_server: StartServer, effects: SideEffects) -> None:
@@ -292,5 +262,5 @@ async def test_a_cancelled_execution_is_dead_within_two_seconds_of_the_call(
 
 @pytest.mark.parametrize("sentence", ["image_pulling", "draining", "quarantined after", "execution timeout exceeded"])
 def test_the_page_explains_what_other_tests_provoke(sentence: str) -> None:
-    """Drain, quarantine, pulls and timeouts have tests beside their code."""
+    """test_docker.py, test_drain.py, tests/execution/test_worker_health.py and test_limits.py."""
     assert is_explained(sentence)

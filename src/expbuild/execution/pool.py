@@ -376,8 +376,11 @@ class WorkerPool:
             slot.go_offline(repr(error), self._now())
             log.exception("worker.crashed", worker=slot.worker.name)
         else:
+            was_lost = slot.offline_since_s > 0
             slot.checked_at_s = self._now()
             slot.go_online()
+            if was_lost:
+                self.log_statistics()
             self._assign()
         return None
 
