@@ -40,7 +40,9 @@ def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
 def run_with_server(body: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `re-server` with `body` as the body of `async def serve(config)`, in place of the real server."""
     program = (
-        "import sys, types\n"
+        "import signal, sys, types\n"
+        # What a shell starts in the background ignores SIGINT, and so would its children, this one too.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "server = sys.modules['expbuild.server'] = types.ModuleType('expbuild.server')\n"
         f"async def serve(config):\n    {body}\n"
         "server.serve = serve\n"

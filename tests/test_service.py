@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import select
 import socket
 import subprocess
 import time
@@ -41,8 +40,11 @@ def listener() -> Iterator[socket.socket]:
 
 def _next(listener: socket.socket) -> list[str]:
     """Return the lines of the next message. Raises AssertionError when none comes."""
-    assert select.select([listener], [], [], PATIENCE_S)[0], "no message to the service manager"
-    return listener.recv(4096).decode().split("\n")
+    listener.settimeout(PATIENCE_S)
+    try:
+        return listener.recv(4096).decode().split("\n")
+    except TimeoutError:
+        raise AssertionError("no message to the service manager") from None
 
 
 def _until(listener: socket.socket, assignment: str) -> list[str]:

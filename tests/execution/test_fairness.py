@@ -91,7 +91,7 @@ def test_a_small_build_starts_within_two_slot_releases_of_a_huge_one() -> None:
     for i in range(1000):
         pool.add(f"a{i}", "A", takes_s=1 + i % 7)
     pool.step()
-    for _ in range(300):  # long enough for the first of A to be overdue
+    for _ in range(60):  # long enough for the first of A to be overdue
         pool.release()
         pool.step()
     pool.add("b", "B")
