@@ -51,7 +51,7 @@ from expbuild.reapi import (
     add_ActionCacheServicer_to_server,
     add_ByteStreamServicer_to_server,
 )
-from tests.support.server import ReServer
+from tests.support.server import Config, ReServer, host_pool_config
 
 pytestmark = pytest.mark.one_transport
 
@@ -579,3 +579,17 @@ def test_the_choice_is_one_line_in_the_log(servers: dict[str, ReServer]) -> None
     for name, server in servers.items():
         (line,) = server.events("transport.selected")
         assert (line["transport"], line["reason"]) == (name, "server.transport says so")
+
+
+async def test_the_native_transport_serves_unary_calls_itself(tmp_path: Path) -> None:
+    """What goes through the grpcio server behind it has a unix socket for a peer, and costs ten times as much."""
+    config: Config = {
+        **host_pool_config(tmp_path / "state"),
+        "server": {"address": "127.0.0.1:0", "transport": "native"},
+    }
+    config["capabilities"] = {"exec_enabled": False}
+    with ReServer(tmp_path / "server", config) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await CapabilitiesStub(channel).GetCapabilities(GetCapabilitiesRequest(), timeout=20)
+        (line,) = (line for line in server.events("rpc.completed") if line["rpc"].endswith("GetCapabilities"))
+        assert line["peer"].startswith("ipv4:127.0.0.1:")

@@ -76,11 +76,15 @@ class _Registry:
         service = self._descriptor.full_name
         for handler in handlers:
             found = {m.name: handler.service(_Lookup(f"/{service}/{m.name}")) for m in self._descriptor.methods}
-            raw = {name: method._replace(request_deserializer=None) for name, method in found.items()}
-            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, raw),))
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, _raw(found)),))
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Do nothing: newer generated code names the same methods a second time."""
+        """Pass on the methods by name: the native transport serves only these itself."""
+        self._server.add_registered_method_handlers(service, _raw(handlers))
+
+
+def _raw(handlers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: method._replace(request_deserializer=None) for name, method in handlers.items()}
 
 
 def request_metadata(context: ServicerContext) -> RequestMetadata:
